@@ -1,0 +1,1 @@
+"""Settings of a run: schema, presets, loading and cross-checks. Imports no torch."""

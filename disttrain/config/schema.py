@@ -1,0 +1,257 @@
+"""Every setting of a run, with its unit, as frozen pydantic models (no torch).
+
+The docstring below a field is its description in `disttrain schema`. A setting that does not apply to the run
+(a loss scale without fp16, say) is refused by `disttrain.config.problems`, never ignored.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Family = Literal["gpt", "bert"]
+Corpus = Literal["python-docs", "text", "hf", "tokens"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+Schedule = Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"]
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Where the run lives and what it runs on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run folder; the config file's stem when not given."""
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+    seed: NonNegative = 1234
+    """Seed of the initial weights, the order of the data and dropout."""
+    deterministic: bool = False
+    """Use torch's deterministic algorithms only (slower on a GPU)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device type; auto takes CUDA where there is a GPU for every local rank."""
+
+
+class ModelConfig(Section):
+    """Shape of the model. A preset fills what is not given."""
+
+    family: Family = "gpt"
+    """gpt: pre-LN decoder, causal language model. bert: post-LN encoder, masked language model and next sentence."""
+    preset: str | None = None
+    """Named shape, for example gpt2-124m or bert-base (`disttrain.config.presets`)."""
+    layers: Positive = 4
+    """Number of transformer blocks."""
+    hidden_size: Positive = 128
+    """Width of the residual stream."""
+    heads: Positive = 4
+    """Attention heads; must divide hidden_size."""
+    ffn_hidden_size: Positive | None = None
+    """Width of the feed-forward layer; 4 x hidden_size when not given."""
+    max_positions: Positive = 256
+    """Learned positions, tokens."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding; the tokenizer's size when not given, and never smaller."""
+    dropout: Fraction = 0.0
+    """Dropout probability of embeddings, attention and residual branches."""
+    layer_norm_epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of layer normalisation; 1e-5 for gpt and 1e-12 for bert when not given."""
+
+
+class BlendSource(Section):
+    """One source of a blend."""
+
+    corpus: Corpus
+    """Kind of the source."""
+    path: str | list[str] | None = None
+    """Files, folders or globs (text), dataset name (hf), or prepared folder (tokens)."""
+    weight: Annotated[float, Field(gt=0)]
+    """Relative share of the training sequences."""
+
+
+class DataConfig(Section):
+    """Corpus, tokenizer and how sequences are made."""
+
+    corpus: Corpus | None = None
+    """python-docs: text every Python carries. text: files. hf: the hub. tokens: prepared shards. Or use blend."""
+    path: str | list[str] | None = None
+    """Files, folders or globs (text), dataset name (hf), or prepared folder (tokens)."""
+    blend: list[BlendSource] | None = None
+    """Several sources by weight, in place of corpus and path."""
+    held_out_path: str | list[str] | None = None
+    """Own held-out files, folders or globs (text); otherwise held_out_fraction of the corpus is kept apart."""
+    held_out_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Share of the corpus, by bytes, that is never trained on."""
+    document: Literal["file", "line", "blank_line", "jsonl"] = "file"
+    """What separates documents in text files (jsonl: one JSON object a line)."""
+    text_field: str = "text"
+    """Key of the text in jsonl and hf records."""
+    hf_config: str | None = None
+    """Configuration name of the hf dataset."""
+    hf_split: str = "train"
+    """Split of the hf dataset."""
+    max_bytes: Positive | None = None
+    """Read at most about this many bytes of text from each source."""
+    tokenizer: str = "bytes"
+    """bytes, bpe or wordpiece (trained on the corpus), gpt2 or bert (tokenizer_path), or a Hugging Face name."""
+    tokenizer_path: str | None = None
+    """Folder with GPT-2's or BERT's vocabulary files, or a tokenizer.json."""
+    tokenizer_vocab_size: Annotated[int, Field(ge=260)] = 8192
+    """Entries of a trained bpe or wordpiece vocabulary."""
+    lowercase: bool = False
+    """Lower-case the text before training and using a wordpiece vocabulary, or BERT's uncased one."""
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens of a training sequence."""
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that BERT predicts (80 % masked, 10 % random, 10 % kept)."""
+    short_sequence_probability: Fraction = 0.1
+    """Share of BERT's sequences that are made shorter than sequence_length."""
+    cache_dir: str = "~/.cache/disttrain"
+    """Prepared tokens and trained tokenizers, shared by runs."""
+    workers: Positive | None = None
+    """Processes that prepare data; the number of cores when not given."""
+
+
+class TrainConfig(Section):
+    """How long, how much at once, and when to look."""
+
+    steps: Positive | None = None
+    """Stop after this many optimizer steps."""
+    tokens: Positive | None = None
+    """Stop once this many tokens were seen, at the end of the step that reaches them."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """Stop after this many seconds of training, resumed time included."""
+    target_loss: Annotated[float, Field(gt=0)] | None = None
+    """Stop when the held-out loss is at or below this many nats per target token."""
+    global_batch_size: Positive = 32
+    """Sequences of one optimizer step, over all ranks."""
+    micro_batch_size: Positive | None = None
+    """Sequences of one forward pass on one data rank; the rest is gradient accumulation. All at once by default."""
+    eval_every: NonNegative = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    eval_sequences: Positive | None = 512
+    """Held-out sequences of an evaluation; null takes all."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; null does not clip."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target probability spread over the vocabulary in training (never in evaluation)."""
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019): decay is decoupled and applied to matrices only."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of matrices and embeddings."""
+    implementation: Literal["auto", "fused", "foreach"] = "auto"
+    """torch's kernel for the update; auto takes fused."""
+    schedule: Schedule = "cosine"
+    """Shape of the learning rate after warm-up. wsd: warm-up, stable, decay."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from zero."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate as a share of the peak (cosine, linear, wsd)."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps that wsd spends decaying."""
+
+
+class LossScaleConfig(Section):
+    """Dynamic loss scaling of fp16 (Micikevicius et al. 2017)."""
+
+    initial: Annotated[float, Field(gt=0)] = 65536.0
+    """First loss scale."""
+    growth_interval: Positive = 2000
+    """Good steps before the scale doubles."""
+    minimum: Annotated[float, Field(gt=0)] = 1.0
+    """The scale is never halved below this; a step that overflows at it stops the run."""
+
+
+class ParallelConfig(Section):
+    """Sizes of the mesh; what is left of the world is data-parallel."""
+
+    tensor: Positive = 1
+    """Tensor-parallel ranks."""
+    sequence: bool = False
+    """Sequence parallelism beside tensor parallelism."""
+    pipeline: Positive = 1
+    """Pipeline stages."""
+    schedule: str = "1f1b"
+    """Pipeline schedule."""
+    context: Positive = 1
+    """Context-parallel ranks."""
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    """ZeRO stage: 0 replicates, 1 shards the optimizer, 2 gradients too, 3 parameters too."""
+    replicate: Positive = 1
+    """Replicas of the sharded group (HSDP)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing."""
+
+
+class CompressionConfig(Section):
+    """Gradient compression."""
+
+    codec: str = "none"
+    """How gradients are encoded on the wire."""
+
+
+class CheckpointConfig(Section):
+    """When to save, what to keep, where to start."""
+
+    every: NonNegative = 0
+    """Steps between checkpoints; 0 saves at the end and on interruption only."""
+    keep: Positive = 3
+    """Newest checkpoints that are kept."""
+    resume: str = "auto"
+    """auto: the newest good checkpoint of the run folder. never: start a new run. Or a checkpoint's path."""
+
+
+class LogConfig(Section):
+    """Sinks beside metrics.jsonl, which is always written."""
+
+    every: Positive = 1
+    """Steps between step records."""
+    console: Literal["auto", "live", "plain", "none"] = "auto"
+    """Progress display; auto is live on a terminal and plain elsewhere."""
+    tensorboard: bool = False
+    """Write TensorBoard events to the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases from one rank."""
+    wandb_project: str | None = None
+    """Weights & Biases project; disttrain when not given."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """Overrides WANDB_MODE."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """Arithmetic of forward and backward; weights and optimizer stay fp32 (fp64 for proofs).
+    auto: bf16 where the device multiplies bf16 natively, else fp32."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    engine: Literal["native", "deepspeed", "horovod"] = "native"
+    """What executes one optimizer step."""
+    parallel: ParallelConfig = ParallelConfig()
+    compression: CompressionConfig = CompressionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
