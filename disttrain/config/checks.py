@@ -1,0 +1,155 @@
+"""Cross-checks of a config that needs neither files nor torch: which settings contradict each other, and how to mend it."""
+
+from collections.abc import Iterator
+
+from disttrain.config.problems import Problem
+from disttrain.config.schema import Config
+
+
+def setting(config: Config, key: str) -> str:
+    """A setting as the user would write it, ``model.heads=5``."""
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{key}={text}"
+
+
+def given(config: Config, key: str) -> bool:
+    """Whether the user wrote this setting, rather than leaving its default."""
+    section, name = key.split(".")
+    return section in config.model_fields_set and name in getattr(config, section).model_fields_set
+
+
+def total_steps(config: Config) -> int | None:
+    """Optimizer steps of the whole run, the smaller of train.steps and train.tokens; None if neither is given."""
+    train = config.train
+    limits = [train.steps] if train.steps else []
+    if train.tokens:
+        limits.append(-(-train.tokens // (train.global_batch_size * config.data.sequence_length)))
+    return min(limits, default=None)
+
+
+def validate(config: Config, world_size: int) -> list[Problem]:
+    """Every contradiction between settings, for a run on this many ranks."""
+    checks = (_model(config), _batch(config, world_size), _length(config), _optimizer(config), _ignored(config))
+    return [problem for check in checks for problem in check]
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.hidden_size % model.heads:
+        fits = [h for h in range(1, model.hidden_size + 1) if model.hidden_size % h == 0]
+        near = min(fits, key=lambda h: abs(h - model.heads))
+        yield Problem(
+            (setting(config, "model.heads"), setting(config, "model.hidden_size")),
+            "the number of heads does not divide the width",
+            f"use model.heads={near}",
+        )
+    if config.data.sequence_length > model.max_positions:
+        yield Problem(
+            (setting(config, "data.sequence_length"), setting(config, "model.max_positions")),
+            "the sequences are longer than the model has positions",
+            f"use data.sequence_length={model.max_positions} or model.max_positions={config.data.sequence_length}",
+        )
+
+
+def _batch(config: Config, world_size: int) -> Iterator[Problem]:
+    parallel, train = config.parallel, config.train
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    copies = model_ranks * parallel.replicate
+    if world_size % copies:
+        yield Problem(
+            (f"world size {world_size}", *(setting(config, f"parallel.{axis}") for axis in
+                                           ("tensor", "pipeline", "context", "replicate"))),
+            f"tensor x pipeline x context x replicate = {copies} does not divide the number of ranks",
+            f"start a multiple of {copies} ranks or make the parallel sizes smaller",
+        )  # fmt: skip
+        return
+    data_ranks = world_size // model_ranks
+    if train.global_batch_size % data_ranks:
+        up = -(-train.global_batch_size // data_ranks) * data_ranks
+        yield Problem(
+            (setting(config, "train.global_batch_size"), f"data ranks {data_ranks}"),
+            "the global batch cannot be split evenly over the data ranks",
+            f"use train.global_batch_size={up}, or a number of ranks that divides {train.global_batch_size}",
+        )
+        return
+    share = train.global_batch_size // data_ranks
+    if train.micro_batch_size and share % train.micro_batch_size:
+        fits = max(m for m in range(1, min(train.micro_batch_size, share) + 1) if share % m == 0)
+        yield Problem(
+            (setting(config, "train.micro_batch_size"), setting(config, "train.global_batch_size"),
+             f"data ranks {data_ranks}"),
+            f"each data rank has {share} sequences a step, which the micro-batch does not divide",
+            f"use train.micro_batch_size={fits}",
+        )  # fmt: skip
+
+
+def _length(config: Config) -> Iterator[Problem]:
+    train, steps = config.train, total_steps(config)
+    if steps is None:
+        yield Problem(
+            ("train.steps", "train.tokens"),
+            "nothing says how long to train",
+            "give train.steps or train.tokens (train.seconds and train.target_loss only stop earlier)",
+        )
+    elif config.optim.warmup_steps > steps:
+        yield Problem(
+            (setting(config, "optim.warmup_steps"), f"{steps} training steps"),
+            "the warm-up is longer than the run",
+            f"use at most optim.warmup_steps={steps}",
+        )
+    if train.target_loss is not None and train.eval_every == 0:
+        yield Problem(
+            (setting(config, "train.target_loss"), "train.eval_every=0"),
+            "the held-out loss is only computed at the end, so the target can never stop the run",
+            "give train.eval_every, for example 100",
+        )
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    optim = config.optim
+    if optim.schedule == "inverse_sqrt" and optim.warmup_steps == 0:
+        yield Problem(
+            ("optim.schedule=inverse_sqrt", "optim.warmup_steps=0"),
+            "the inverse square root schedule is defined by its warm-up",
+            "give optim.warmup_steps, for example 100",
+        )
+    if given(config, "optim.decay_fraction") and optim.schedule != "wsd":
+        yield _no_effect(config, "optim.decay_fraction", "optim.schedule", "optim.schedule=wsd")
+    if given(config, "optim.min_lr_ratio") and optim.schedule in ("constant", "inverse_sqrt"):
+        yield _no_effect(config, "optim.min_lr_ratio", "optim.schedule", "optim.schedule=cosine, linear or wsd")
+    scale = config.loss_scale
+    if scale.minimum > scale.initial:
+        yield Problem(
+            (setting(config, "loss_scale.initial"), setting(config, "loss_scale.minimum")),
+            "the first loss scale is below the smallest one",
+            f"use loss_scale.minimum={scale.initial} or less",
+        )
+    if "loss_scale" in config.model_fields_set and config.precision != "fp16":
+        yield Problem(
+            tuple(setting(config, f"loss_scale.{key}") for key in sorted(scale.model_fields_set)) +
+            (f"precision={config.precision}",),
+            "only fp16 scales its loss, so these settings have no effect",
+            "remove loss_scale or use precision=fp16",
+        )  # fmt: skip
+
+
+def _ignored(config: Config) -> Iterator[Problem]:
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        yield _no_effect(config, "parallel.sequence", "parallel.tensor", "parallel.tensor=2 or more")
+    if config.parallel.replicate > 1 and config.parallel.zero == 0:
+        yield _no_effect(config, "parallel.replicate", "parallel.zero", "parallel.zero=1, 2 or 3")
+    for key in ("log.wandb_project", "log.wandb_mode"):
+        if given(config, key) and not config.log.wandb:
+            yield _no_effect(config, key, "log.wandb", "log.wandb=true")
+    if config.train.eval_every and total_steps(config) and config.train.eval_every > (total_steps(config) or 0):
+        yield _no_effect(config, "train.eval_every", "train.steps", "a smaller train.eval_every (0: only at the end)")
+    if config.checkpoint.every and total_steps(config) and config.checkpoint.every > (total_steps(config) or 0):
+        yield _no_effect(config, "checkpoint.every", "train.steps", "a smaller checkpoint.every (0: only at the end)")
+
+
+def _no_effect(config: Config, key: str, because: str, fix: str) -> Problem:
+    shown = setting(config, because) if because != "train.steps" else f"{total_steps(config)} training steps"
+    return Problem((setting(config, key), shown), "this setting has no effect here", f"remove {key} or use {fix}")
