@@ -82,6 +82,8 @@ class BERT(nn.Module):
 
     tensor_plan = TENSOR_PLAN
     tied = TIED
+    SCORES = ("mlm", "nsp", "mlm_accuracy", "nsp_accuracy")
+    """Names that `scores` gives."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -124,8 +126,22 @@ class BERT(nn.Module):
         Smoothing applies to mlm only.
         """
         batch = self.prepare_batch(batch)
-        logits = self(batch["tokens"], batch["token_types"], batch["attention_mask"], batch["mlm_positions"])
-        return self.loss_of(logits, batch, label_smoothing)
+        return self.loss_of(self._logits(batch), batch, label_smoothing)
+
+    def scores(self, batch: dict[str, Tensor]) -> dict[str, LossSum]:
+        """What evaluation reports: both losses, and how many predictions of each head are right (sum) of all (count)."""
+        batch = self.prepare_batch(batch)
+        logits = self._logits(batch)
+        losses = self.loss_of(logits, batch)
+        masked = batch["targets"].flatten()[batch["mlm_positions"]]
+        right = {
+            "mlm": (logits.mlm.argmax(-1) == masked).sum(),
+            "nsp": (logits.nsp.argmax(-1) == batch["next_sentence"]).sum(),
+        }
+        return losses | {f"{name}_accuracy": LossSum(right[name], losses[name].count) for name in losses}
+
+    def _logits(self, batch: dict[str, Tensor]) -> BERTLogits:
+        return self(batch["tokens"], batch["token_types"], batch["attention_mask"], batch["mlm_positions"])
 
     def loss_of(self, logits: BERTLogits, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> dict[str, LossSum]:
         """The loss of logits that forward gave at the prepared batch's `mlm_positions`."""

@@ -57,6 +57,8 @@ class GPT(nn.Module):
 
     tensor_plan = TENSOR_PLAN
     tied = TIED
+    SCORES = ("lm",)
+    """Names that `scores` gives."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -89,3 +91,7 @@ class GPT(nn.Module):
     def count_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Targets that count, from the batch alone: the divisor is needed before the backward pass."""
         return {"lm": (batch["targets"] != IGNORED).sum()}
+
+    def scores(self, batch: dict[str, Tensor]) -> dict[str, LossSum]:
+        """What evaluation reports: the loss."""
+        return self.loss(batch)
