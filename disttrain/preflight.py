@@ -1,0 +1,120 @@
+"""Everything that can be known to be wrong before a process starts or a file is written, at once. No torch."""
+
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from disttrain import capabilities, checkpoint, costs, data, loggers
+from disttrain.config.checks import setting, validate
+from disttrain.config.problems import Problem
+from disttrain.config.schema import Config
+
+FIXED_ON_RESUME = ("model", "data.tokenizer", "data.tokenizer_vocab_size", "data.lowercase", "data.sequence_length",
+                   "data.corpus", "data.path", "data.blend", "run.seed", "train.global_batch_size",
+                   "data.mlm_probability", "data.short_sequence_probability", "data.max_bytes",
+                   "data.held_out_fraction", "data.held_out_path", "data.document")  # fmt: skip
+"""Settings that a run cannot change when it goes on: the model and the order of the data."""
+
+
+def problems(config: Config, world_size: int) -> list[Problem]:
+    """Every reason to refuse this run on this many ranks."""
+    found = [
+        *validate(config, world_size),
+        *capabilities.missing(config),
+        *data.preflight(config),
+        *loggers.preflight(config),
+        *_run_folder(config),
+    ]
+    return [problem for index, problem in enumerate(found) if problem not in found[:index]]
+
+
+def run_folder(config: Config) -> Path:
+    """Folder of the run."""
+    return Path(config.run.dir) / config.run.name
+
+
+def resume_from(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint a run starts from, None for a new run; and one line for each newer one that is damaged."""
+    if config.checkpoint.resume == "never":
+        return None, []
+    if config.checkpoint.resume == "auto":
+        return checkpoint.newest_good(run_folder(config) / "checkpoints")
+    return Path(config.checkpoint.resume), []
+
+
+def _run_folder(config: Config) -> list[Problem]:
+    folder = run_folder(config)
+    parent = folder
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        fix = "use another run.dir or run.name"
+        return [Problem((f"run folder {folder}",), f"{parent} is a file, not a folder", fix)]
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return [Problem((f"run folder {folder}",), f"{parent} is not writable", "use another run.dir")]
+    return [*_resume(config, folder), *_disk(config, parent)]
+
+
+def _resume(config: Config, folder: Path) -> list[Problem]:
+    resume = config.checkpoint.resume
+    if resume == "never":
+        if (folder / "metrics.jsonl").exists():
+            fix = "use another run.name, or checkpoint.resume=auto to go on with it"
+            return [Problem(("checkpoint.resume=never", f"run.name={config.run.name}"),
+                            f"{folder} already holds a run, which would be overwritten", fix)]  # fmt: skip
+        return []
+    if resume == "auto":
+        return _changed(config, folder) if checkpoint.checkpoints(folder / "checkpoints") else []
+    reason = checkpoint.damage(Path(resume)) if Path(resume).is_dir() else "there is no such folder"
+    if reason:
+        fix = "give a folder such as runs/NAME/checkpoints/step_00000100, auto or never"
+        return [Problem((setting(config, "checkpoint.resume"),), reason, fix)]
+    return []
+
+
+def _changed(config: Config, folder: Path) -> list[Problem]:
+    """Settings of the saved run that this config would change although the run goes on."""
+    try:
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return []
+    now = config.model_dump(mode="json")
+    found = []
+    for key in FIXED_ON_RESUME:
+        for name, (before, after) in _differences(key, _at(saved, key), _at(now, key)).items():
+            if name == "model.vocab_size" and after is None:
+                continue  # follows the tokenizer, which is compared itself
+            found.append(Problem((f"{name}={after}", f"{folder}/config.yaml has {before}"),
+                                 "the run in this folder was trained with another value and cannot go on with this one",
+                                 f"use {name}={before}, or another run.name"))  # fmt: skip
+    return found
+
+
+def _at(tree: object, key: str) -> object:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _differences(key: str, before: object, after: object) -> dict[str, tuple[object, object]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        parts = [_differences(f"{key}.{k}", before.get(k), after[k]) for k in after]
+        return {name: pair for part in parts for name, pair in part.items()}
+    return {} if before == after else {key: (before, after)}
+
+
+def _disk(config: Config, parent: Path) -> list[Problem]:
+    """Whether the checkpoints that are kept, and the one being written, fit on the disk."""
+    if config.model.vocab_size is None or config.model.hidden_size % config.model.heads:
+        return []
+    each = costs.checkpoint_bytes(config.model, "fp64" if config.precision == "fp64" else "fp32")
+    needed, free = each * (config.checkpoint.keep + 1), shutil.disk_usage(parent).free
+    if needed <= free:
+        return []
+    gib = 2.0**30
+    return [Problem((setting(config, "checkpoint.keep"), f"run.dir={config.run.dir}"),
+                    f"{config.checkpoint.keep} checkpoints and one being written take {needed / gib:.1f} GiB, "
+                    f"and {free / gib:.1f} GiB are free",
+                    "free space, use another run.dir, or keep fewer checkpoints")]  # fmt: skip
