@@ -36,13 +36,13 @@ def all_reduce(tensor: Tensor, traffic: Traffic | None = None, op: dist.ReduceOp
     return tensor
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is up on any rank. Goes over the hosts (gloo), so that no GPU is waited for."""
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Which flags are up on any rank. Goes over the hosts (gloo), so that no GPU is waited for."""
     if dist.get_world_size() == 1:
-        return flag
-    vote = torch.tensor([int(flag)], dtype=torch.int32)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return tuple(bool(vote) for vote in votes)
 
 
 def gather_objects(value: object) -> list:

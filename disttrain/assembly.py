@@ -1,0 +1,96 @@
+"""From a config and a rank to everything a run needs: device, data, model and engine."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from disttrain import costs, data, hardware, precision
+from disttrain.config.load import with_values
+from disttrain.config.problems import Problem, RefusedInput
+from disttrain.config.schema import Config
+from disttrain.data import Data, Prepared
+from disttrain.engines import Engine
+from disttrain.engines.native import NativeEngine
+from disttrain.launch import RankInfo
+from disttrain.mesh import Mesh, build_mesh
+from disttrain.metrics import FlopsPerSequence
+from disttrain.models import build_model
+from disttrain.parallel import world
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank's share of a run, ready to train. `config` is resolved: nothing in it means "default" any more."""
+
+    config: Config
+    rank: RankInfo
+    mesh: Mesh
+    device: torch.device
+    data: Data
+    engine: Engine
+    parameters: int
+    """Parameters of the whole model; tied ones count once."""
+    flops: FlopsPerSequence
+    device_name: str
+    peak_flops: tuple[float, str] | None
+    """Dense peak FLOP/s of one device in the run's precision and where the figure is from; None when unknown."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the global batch this rank reads."""
+        return self.mesh.data_rank(self.rank.rank)
+
+
+def choose_device(config: Config, rank: RankInfo) -> torch.device:
+    """The device of this rank. Raises RefusedInput where CUDA is asked for and there is no GPU for every rank."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.run.device == "cpu" or (config.run.device == "auto" and gpus < max(rank.local_world_size, 1)):
+        return torch.device("cpu")
+    if gpus < rank.local_world_size:
+        message = f"this host has {gpus} GPUs for {rank.local_world_size} ranks"
+        raise RefusedInput([Problem(("run.device=cuda", f"local ranks {rank.local_world_size}"), message,
+                                    "start fewer ranks, or use run.device=cpu")])  # fmt: skip
+    return torch.device("cuda", rank.local_rank)
+
+
+def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: float = 1800) -> Session:
+    """Build this rank's share of a run; all ranks call it together. Starts the process group."""
+    device = choose_device(config, rank)
+    _set_up_torch(config, rank, device)
+    corpus = data.open_data(config, prepared)
+    mesh = build_mesh(config.parallel, rank.world_size)
+    chosen = precision.choose(config.precision, device.type)
+    config = with_values(config, {
+        "precision": chosen,
+        "run.device": device.type,
+        "model.vocab_size": config.model.vocab_size or corpus.vocab_size,
+        "train.micro_batch_size": config.train.micro_batch_size or config.train.global_batch_size // mesh.data_ranks,
+    })  # fmt: skip
+    corpus = data.open_data(config, prepared)
+    world.start(rank, device.type, timeout_s)
+    model = build_model(config.model, config.run.seed, precision.master_dtype(chosen), device)
+    parameters = sum(p.numel() for p in model.parameters())
+    engine = NativeEngine(config, model, device, chosen, mesh.data_rank(rank.rank))
+    length, name = config.data.sequence_length, _device_name(device)
+    flops = FlopsPerSequence(
+        causal=costs.training_flops_per_sequence(config.model, length, causal=True),
+        full=costs.training_flops_per_sequence(config.model, length, causal=False),
+        hardware=costs.hardware_flops_per_sequence(config.model, length, config.parallel.recompute),
+    )
+    peak = hardware.peak_flops(name, chosen)
+    return Session(config, rank, mesh, device, corpus, engine, parameters, flops, name, peak)
+
+
+def _set_up_torch(config: Config, rank: RankInfo, device: torch.device) -> None:
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else hardware.cpu_name()

@@ -1,0 +1,221 @@
+"""The command line. Heavy imports happen inside the commands, so that --help answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from disttrain.config.problems import Problem
+    from disttrain.config.schema import Config
+
+app = typer.Typer(
+    name="disttrain",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train GPT- and BERT-style models on one process or many, and measure it honestly.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, for example runs/gpt_tiny.")]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Local ranks to start; not inside a launcher.")] = None,
+) -> None:
+    """Train a model. Inside torchrun, deepspeed, horovodrun, mpirun or srun it joins that launcher's world."""
+    from disttrain.interruption import Interruption, die_with_parent
+
+    interruption = Interruption().listen()
+    from disttrain import launch, preflight
+    from disttrain.config.problems import Problem, RefusedInput
+
+    rank = launch.detect(os.environ)
+    inside = rank.launcher != "none"
+    if inside and nproc is not None:
+        problem = Problem((f"--nproc {nproc}", f"launcher {rank.launcher}"), "the launcher already started the ranks",
+                          "leave --nproc away, or run disttrain outside the launcher")  # fmt: skip
+        raise RefusedInput([problem])
+    settings = _load(config, overrides)
+    world_size = rank.world_size if inside else nproc or 1
+    problems = preflight.problems(settings, world_size)
+    if problems:
+        raise RefusedInput(problems)
+    prepared = _prepare(settings, quiet=rank.rank != 0)
+    if interruption.requested:
+        raise KeyboardInterrupt
+    if not inside and world_size > 1:
+        from disttrain import local_ranks
+
+        raise typer.Exit(local_ranks.start(world_size, ["train", str(config), *(overrides or [])]))
+    from disttrain.run import run
+
+    if "DISTTRAIN_LOCAL_RANKS" in os.environ:
+        die_with_parent()
+    raise typer.Exit(run(settings, rank, interruption, prepared))
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks the run would have.")] = 1,
+) -> None:
+    """List every problem of a config at once, or show its mesh, batch arithmetic and predicted memory."""
+    from disttrain import preflight
+    from disttrain.config.problems import RefusedInput
+    from disttrain.overview import overview
+
+    settings = _load(config, overrides)
+    problems = preflight.problems(settings, world_size)
+    if problems:
+        raise RefusedInput(problems)
+    _console().print(overview(settings, world_size))
+
+
+@app.command()
+def doctor(
+    nproc: Annotated[int, typer.Option(min=1, help="Local ranks to measure with; not inside a launcher.")] = 1,
+) -> None:
+    """Show launcher, ranks, devices, versions and link speed, and explain contradictions."""
+    from disttrain import launch
+    from disttrain.doctor import diagnose, render
+
+    rank = launch.detect(os.environ)
+    if rank.launcher == "none" and nproc > 1:
+        from disttrain import local_ranks
+
+        raise typer.Exit(local_ranks.start(nproc, ["doctor"]))
+    diagnosis = diagnose(rank)
+    if rank.rank == 0:
+        render(diagnosis, _console())
+    raise typer.Exit(1 if diagnosis.problems else 0)
+
+
+@app.command()
+def schema(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON schema, for editors.")] = False,
+) -> None:
+    """Show every setting with its type, default and meaning."""
+    from disttrain.config.describe import json_schema, table
+
+    if as_json:
+        typer.echo(json_schema())
+    else:
+        _console().print(table())
+
+
+@data_app.command()
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; usable as data.path of corpus tokens.")] = None,
+) -> None:
+    """Turn the corpus of a config into memory-mapped token shards; can be interrupted and repeated."""
+    from disttrain import data
+    from disttrain.config.problems import RefusedInput
+
+    settings = _load(config, overrides)
+    problems = data.preflight(settings)
+    if problems:
+        raise RefusedInput(problems)
+    _prepare(settings, quiet=False, out=out)
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Print the summary of a run and draw its loss curve again."""
+    from disttrain.run import show
+
+    show(run)
+
+
+def main() -> None:
+    """Entry point: problems become a list and exit code 2, an interruption 130, an expected failure one line."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code or 0)
+    except Exception as error:
+        sys.exit(_explain(error))
+    except KeyboardInterrupt:
+        print("disttrain: interrupted; nothing is lost, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _explain(error: Exception) -> int:
+    from disttrain.config.problems import RefusedInput
+
+    if isinstance(error, RefusedInput):
+        if int(os.environ.get("RANK", "0")) == 0:
+            _show_problems(error.problems)
+        return 2
+    return _explain_failure(error)
+
+
+def _explain_failure(error: Exception) -> int:
+    """Expected failures in one line; anything else keeps its traceback, since it is our mistake."""
+    import click
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, click.exceptions.Abort):
+        return 130
+    if isinstance(error, RuntimeError | OSError | FloatingPointError) and type(error).__module__.startswith("disttrain"):
+        print(f"disttrain: {error}", file=sys.stderr)
+        return 1
+    import logging
+    import traceback
+
+    logging.getLogger("disttrain").error("failed", exc_info=error)
+    traceback.print_exception(error)
+    return 1
+
+
+def _show_problems(problems: "list[Problem]") -> None:
+    from rich.markup import escape
+
+    console = _console(stderr=True)
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    console.print(f"[bold red]disttrain: {count}; nothing was started[/]\n")
+    for number, problem in enumerate(problems, start=1):
+        console.print(f"[bold]{number:>3}  {escape(', '.join(problem.settings))}[/]", highlight=False)
+        console.print(f"     {escape(problem.message)}", highlight=False)
+        console.print(f"     [green]fix: {escape(problem.fix)}[/]\n", highlight=False)
+
+
+def _load(path: Path, overrides: list[str] | None) -> "Config":
+    from disttrain.config.load import load
+
+    return load(path, overrides or [])
+
+
+def _console(stderr: bool = False):  # noqa: ANN202  rich is imported on use
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _prepare(config: "Config", quiet: bool, out: Path | None = None):  # noqa: ANN202
+    """Prepare the data with a progress bar; what is prepared already costs nothing and shows nothing."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from disttrain import data
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True, disable=quiet) as progress:
+        task = progress.add_task("preparing data", total=None, visible=False)
+
+        def report(done: int, total: int, what: str) -> None:
+            progress.update(task, completed=done, total=total, description=what, visible=True)
+
+        return data.prepare(config, report, out)

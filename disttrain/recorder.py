@@ -1,0 +1,132 @@
+"""Turns what a step did into records: reads the device once per record, gathers the ranks, writes on rank 0."""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+
+from disttrain.assembly import Session
+from disttrain.engines import StepResult
+from disttrain.loggers import Loggers
+from disttrain.metrics import Metrics, RankReading, StepReading, read_rank
+from disttrain.parallel.collectives import gather_objects
+
+T = TypeVar("T")
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+class Recorder:
+    """Every rank has one and calls it at the same points; `loggers` is None on all ranks but 0."""
+
+    def __init__(self, session: Session, loggers: Loggers | None):
+        self._session, self._loggers = session, loggers
+        self._every = session.config.log.every
+        self._metrics = Metrics(session.rank.world_size, session.flops, session.peak_flops and session.peak_flops[0])
+        self._pending: list[StepResult] = []
+        self._data_seconds = 0.0
+
+    def begin_step(self) -> None:
+        """A step begins, before its batch is asked for."""
+        self._metrics.throughput.begin_step()
+
+    def waited_for(self, items: Iterable[T]) -> list[T]:
+        """The items, and the time it took to get them is kept as data_seconds."""
+        began = time.perf_counter()
+        gathered = list(items)
+        self._data_seconds += time.perf_counter() - began
+        return gathered
+
+    def end_step(self, step: int, learning_rate: float, result: StepResult, needed: bool) -> None:
+        """A step ended; a record is written every `log.every` steps, and when the totals are needed now."""
+        self._pending.append(result)
+        due = needed or step % self._every == 0
+        counts = self._read_counts() if due else (0, 0, 0)  # waits for the device
+        sequences = self._session.config.train.global_batch_size
+        self._metrics.throughput.end_step(*counts, sequences=sequences, skipped=result.skipped)
+        if due:
+            self._write(step, learning_rate, result)
+
+    def evaluate(self, step: int) -> float:
+        """Evaluate on held-out sequences, write the record and return the held-out loss (nats)."""
+        with self.excluded("evaluation"):
+            session = self._session
+            total = session.data.held_out_sequences
+            count = min(session.config.train.eval_sequences or total, total)
+            sums = session.engine.evaluate(self._held_out_share(count))
+            means = {name: float(sum_) / max(float(n), 1.0) for name, (sum_, n) in sums.items()}
+        losses = {name: mean for name, mean in means.items() if not name.endswith("_accuracy")}
+        scores = {name: mean for name, mean in means.items() if name not in losses}
+        record = self._metrics.eval_record(step, losses, scores, count)
+        self._emit(record)
+        return record["eval_loss"]
+
+    def event(self, name: str, step: int, message: str) -> None:
+        """Write an event: its name, and one sentence for a person."""
+        self._emit({"kind": "event", "event": name, "step": step, "message": message})
+
+    def finish(self, step: int, reason: str) -> None:
+        """Write the summary."""
+        self._emit(self._metrics.summary_record(step, reason))
+
+    def excluded(self, kind: str) -> AbstractContextManager[None]:
+        """A block that is no training: its time counts in no rate."""
+        return self._metrics.throughput.excluded(kind)
+
+    def over_time(self, seconds: float | None) -> bool:
+        """Whether training took longer than this, by the clock of rank 0."""
+        return bool(seconds and self._session.rank.rank == 0 and self._metrics.throughput.train_seconds >= seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Totals of the run, plain numbers."""
+        return self._metrics.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the totals of an earlier process."""
+        self._metrics.load_state_dict(state)
+
+    def _held_out_share(self, count: int) -> Iterable[Mapping[str, Any]]:
+        """This rank's held-out batches; ranks take turns, and the last batch may be smaller."""
+        session = self._session
+        size = session.config.train.micro_batch_size or 1
+        stride = size * session.mesh.data_ranks
+        for first in range(session.data_rank * size, count, stride):
+            yield session.data.held_out_batch(first, min(size, count - first))
+
+    def _read_counts(self) -> tuple[int, int, int]:
+        """(tokens, target tokens, padding) of all pending steps; empties the list."""
+        tokens = int(torch.stack([r.tokens for r in self._pending]).sum())
+        targets = int(torch.stack([next(iter(r.losses.values())).count for r in self._pending]).sum())
+        padding = sum(r.positions for r in self._pending) - tokens
+        self._pending = []
+        return tokens, targets, padding
+
+    def _write(self, step: int, learning_rate: float, result: StepResult) -> None:
+        with self.excluded("logging"):
+            sent, uncompressed = self._session.engine.traffic()
+            reading = read_rank(
+                self._session.rank.rank, self._session.device.type,
+                comm_bytes=sent, comm_bytes_uncompressed=uncompressed, data_seconds=self._data_seconds,
+            )  # fmt: skip
+            self._data_seconds = 0.0
+            readings: list[RankReading] = gather_objects(reading)
+            losses = {name: float(loss.sum) / max(int(loss.count), 1) for name, loss in result.losses.items()}
+            norm, limit = float(result.grad_norm), self._session.config.train.clip_grad_norm
+            record = self._metrics.step_record(StepReading(
+                step=step, losses=losses, learning_rate=learning_rate, grad_norm=norm,
+                gradient_clip_factor=None if limit is None else min(1.0, limit / (norm + 1e-6)),
+                loss_scale=result.loss_scale if self._session.config.precision == "fp16" else None,
+                ranks=readings,
+            ))  # fmt: skip
+            self._emit(record)
+        if not math.isfinite(record["loss"]) or not (math.isfinite(norm) or result.skipped):
+            raise Diverged(f"the loss is {record['loss']} and the gradient norm {norm} at step {step}: lower optim.lr")
+
+    def _emit(self, record: dict[str, Any]) -> None:
+        if self._loggers is not None:
+            self._loggers.write(record)

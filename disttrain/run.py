@@ -1,0 +1,108 @@
+"""One rank's whole life in a run: prepare, assemble, train, report. Every outcome has an exit code (design, section 1)."""
+
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from rich.console import Console
+
+from disttrain import checkpoint, data, preflight, report
+from disttrain.assembly import Session, assemble
+from disttrain.config.load import dump
+from disttrain.config.problems import Problem, RefusedInput
+from disttrain.config.schema import Config
+from disttrain.header import header
+from disttrain.interruption import Interruption
+from disttrain.launch import RankInfo
+from disttrain.loggers import open_loggers
+from disttrain.parallel import world
+from disttrain.recorder import Recorder
+from disttrain.trainer import restore, train
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def run(config: Config, rank: RankInfo, interruption: Interruption, prepared: data.Prepared) -> int:
+    """Train as one rank of the world; every rank calls this. Returns the exit code.
+
+    Raises RefusedInput where the run folder is in use, Diverged, CheckpointFailed and TruthFailed as the loop does.
+    """
+    folder = preflight.run_folder(config)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    log_to(folder / "logs" / f"rank_{rank.rank:04d}.log")
+    with exclusive(folder) if rank.rank == 0 else nullcontext():
+        session = assemble(config, rank, prepared)
+        try:
+            reason = _train(session, folder, interruption)
+        finally:
+            session.engine.close()
+        world.stop()
+    if reason == "interrupted":
+        return INTERRUPTED
+    return DONE
+
+
+def _train(session: Session, folder: Path, interruption: Interruption) -> str:
+    start, _ = preflight.resume_from(session.config)
+    first = session.rank.rank == 0
+    if not first:
+        return train_from_checkpoint(session, Recorder(session, None), interruption)
+    checkpoint.clean(folder / "checkpoints")
+    _write_config(session.config, folder)
+    began_before = (folder / "metrics.jsonl").exists()
+    resumed = checkpoint.step_of(start) if start else 0 if began_before else None
+    loggers = open_loggers(session.config, folder, header(session, resumed), resumed)
+    try:
+        reason = train_from_checkpoint(session, Recorder(session, loggers), interruption)
+    finally:
+        loggers.close()
+    show(folder)
+    return reason
+
+
+def train_from_checkpoint(session: Session, recorder: Recorder, interruption: Interruption) -> str:
+    """Load what the config says and train on from there; the reason to stop."""
+    return train(session, recorder, interruption, restore(session, recorder))
+
+
+def show(folder: Path) -> None:
+    """Draw the loss curve of a finished run and print its summary."""
+    finished = report.read_run(folder)
+    report.loss_curve(finished, folder / "loss_curve.png")
+    Console().print(report.summary_table(finished))
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the run folder; a second run in it is refused."""
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RefusedInput([Problem((f"run folder {folder}",), "another process is training in this folder",
+                                        "wait for it, stop it, or use another run.name")]) from None  # fmt: skip
+        yield
+    finally:
+        os.close(handle)
+
+
+def log_to(path: Path) -> None:
+    """Send the log and every warning of this process to a file; the terminal stays for progress."""
+    root = logging.getLogger()
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    logging.info("started: %s", " ".join(sys.argv))
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    part = folder / "config.yaml.part"
+    part.write_text(dump(config))
+    part.replace(folder / "config.yaml")
