@@ -12,8 +12,9 @@ from torch import Tensor
 
 from disttrain.config.schema import ModelConfig
 from disttrain.models.bert import BERT
+from disttrain.models.cross_entropy import IGNORED
 from disttrain.models.gpt import GPT
-from disttrain.models.layers import IGNORED, LossSum
+from disttrain.models.layers import LossSum
 
 __all__ = ["BERT", "FAMILIES", "GPT", "IGNORED", "LossSum", "build_model", "initial_value", "initialise", "tie_weights"]
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import ModelConfig
-from disttrain.models.layers import IGNORED, LossSum, blocks, cross_entropy_sum, layer_norm
+from disttrain.models.cross_entropy import IGNORED, cross_entropy_sum
+from disttrain.models.layers import LossSum, blocks, layer_norm
 
 TENSOR_PLAN = {
     "embed.tokens": "vocab",
@@ -129,7 +130,7 @@ class BERT(nn.Module):
         return self.loss_of(self._logits(batch), batch, label_smoothing)
 
     def scores(self, batch: dict[str, Tensor]) -> dict[str, LossSum]:
-        """What evaluation reports: both losses, and how many predictions of each head are right (sum) of all (count)."""
+        """What evaluation reports: both losses, and how many predictions of each head are right (sum, of count)."""
         batch = self.prepare_batch(batch)
         logits = self._logits(batch)
         losses = self.loss_of(logits, batch)

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import ModelConfig
-from disttrain.models.layers import IGNORED, LossSum, blocks, cross_entropy_sum, layer_norm
+from disttrain.models.cross_entropy import IGNORED, cross_entropy_sum
+from disttrain.models.layers import LossSum, blocks, layer_norm
 
 TENSOR_PLAN = {
     "embed.tokens": "vocab",
