@@ -1,0 +1,61 @@
+"""Numbers as a person reads them, in a few characters."""
+
+import math
+
+GIB = 1024**3
+MIB = 1024**2
+
+
+def count(value: float | None) -> str:
+    """1234567 -> `1.23M`: three significant digits, decimal prefixes."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return str(value)
+    for prefix, size in (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15)):
+        scaled = value / size
+        if abs(scaled) < 999.5 or prefix == "P":
+            digits = (
+                0 if abs(scaled) >= 99.95 or scaled == int(scaled) and not prefix else 1 if abs(scaled) >= 9.995 else 2
+            )
+            return f"{scaled:.{digits}f}{prefix}"
+    raise AssertionError("unreachable: the last prefix takes every value")
+
+
+def size(value: float | None) -> str:
+    """Bytes -> `1.21 GiB` or `340 MiB` (binary prefixes)."""
+    if value is None:
+        return "-"
+    return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds -> `7.3 s`, `2:05`, `1:02:05` or `3d 01:02`."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, hours, days = whole // 60 % 60, whole // 3600 % 24, whole // 86400
+    if days:
+        return f"{days}d {hours:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def step_time(seconds: float | None) -> str:
+    """Seconds of a step -> `340 ms` or `1.25 s`."""
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1000:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def loss(value: float | None) -> str:
+    """A loss -> four decimals, also for nan and inf."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def percent(value: float | None) -> str:
+    """A share -> `41.3 %`."""
+    return "-" if value is None else f"{100 * value:.1f} %"
