@@ -1,0 +1,35 @@
+# make demo: train a small GPT on real text and show what it learned.   make test: the whole test suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench golden clean
+
+demo: $(READY)
+	$(BIN)/disttrain demo configs/gpt_tiny.yaml --nproc 2
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check disttrain tests benchmarks
+	$(BIN)/ruff format --check disttrain tests benchmarks
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: $(READY)
+	$(BIN)/python benchmarks/throughput.py
+
+golden: $(READY)
+	$(BIN)/python tests/golden/regenerate.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

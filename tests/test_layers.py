@@ -1,0 +1,123 @@
+"""Imports go down only, torch-free modules stay so, and files stay short (design, section 3)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "disttrain"
+
+LAYERS: list[set[str]] = [
+    {"hardware", "launch", "capabilities", "config", "interruption"},
+    {"mesh", "costs"},
+    {"models", "data", "optim", "precision"},
+    {"parallel"},
+    {"engines"},
+    {"checkpoint", "metrics", "loggers", "report"},
+    {"assembly", "preflight", "overview", "doctor"},
+    {"header", "recorder"},
+    {"trainer"},
+    {"tasks", "run"},
+    {"local_ranks", "demo"},
+    {"cli", "__main__"},
+]
+"""Module names from the bottom; a module may import what is lower, or its own package."""
+
+SAME_LAYER = {("launch", "config"), ("capabilities", "config"), ("hardware", "config"), ("loggers", "metrics"),
+              ("report", "loggers"), ("report", "metrics"), ("optim", "config"), ("overview", "preflight"),
+              ("__main__", "cli"), ("demo", "local_ranks")}  # fmt: skip
+"""Edges inside a layer; this list may only shrink."""
+
+TORCH_FREE = ["hardware", "launch", "capabilities", "config.load", "config.checks", "config.describe", "mesh", "costs",
+              "data", "preflight", "overview", "loggers", "report", "cli"]  # fmt: skip
+
+TOO_LONG: dict[str, int] = {}
+"""Files that may have more than 350 lines, and how many; this list may only shrink."""
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(name: str) -> int:
+    found = [i for i, layer in enumerate(LAYERS) if name in layer]
+    assert found, f"disttrain.{name} has no layer: add it to LAYERS"
+    return found[0]
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Top-level disttrain modules that a file imports, lazily or not; TYPE_CHECKING blocks do not count."""
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("disttrain.")}
+        if isinstance(node, ast.ImportFrom) and node.module == "disttrain":
+            found |= {alias.name for alias in node.names if alias.name != "__version__"}
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("disttrain."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_every_layer_is_there() -> None:
+    present = {p.stem if p.parent == PACKAGE else p.parent.name for p in modules()} - {"__init__"}
+    assert len(modules()) >= 30
+    for name in present & {n for layer in LAYERS for n in layer}:
+        layer_of(name)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    name = relative.parts[0].removesuffix(".py")
+    if name == "__init__":
+        return
+    for target in imports(ast.parse(path.read_text())) - {name}:
+        assert layer_of(target) < layer_of(name) or (name, target) in SAME_LAYER, f"{name} imports {target}, which is not below"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= TOO_LONG.get(str(path.relative_to(PACKAGE)), 350)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is longer than 60 lines"
+
+
+def test_models_know_nothing_of_ranks() -> None:
+    for path in (PACKAGE / "models").glob("*.py"):
+        assert "distributed" not in path.read_text().replace("distributed training", ""), path.name
+
+
+def test_no_drawer_modules() -> None:
+    assert not [p for p in modules() if p.stem in ("utils", "common", "helpers", "misc")]
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_imports_no_torch(module: str) -> None:
+    code = f"import sys, disttrain.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_is_quick() -> None:
+    """Not a timed test: --help must not load what takes long."""
+    code = (
+        "import sys; sys.argv = ['disttrain', '--help']\n"
+        "import disttrain.cli\n"
+        "try: disttrain.cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'matplotlib', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
