@@ -89,11 +89,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Step number of a checkpoint folder. Raises ValueError for another name."""
-    match = NAME.match(path.name)
-    if match is None:
-        raise ValueError(f"{path.name} is not the name of a checkpoint")
-    return int(match.group(1))
+    """The step at which a whole checkpoint was taken, whatever its folder is called."""
+    return json.loads((path / TRAINER).read_text())["step"]
 
 
 def damage(path: Path) -> str | None:
