@@ -153,10 +153,9 @@ def open_loggers(config: Config, run_dir: Path, header: dict[str, Any], resumed_
         loggers.add("console", lambda: open_console(config))
         if isinstance(online, WandbSink) and online.url:
             loggers.event("wandb", f"Weights & Biases: {online.url}", url=online.url)
-        if resumed_step is not None:
-            again = f", {dropped} later records dropped" if dropped else ""
-            message = f"resumed{again}"
-            loggers.event("resumed", message, step=resumed_step, dropped=dropped, reached_step=reached)
+        if dropped:
+            message = f"{dropped} records after step {resumed_step} dropped: those steps are done again"
+            loggers.event("rewound", message, step=resumed_step, dropped=dropped, reached_step=reached)
     except BaseException:
         loggers.close()
         raise

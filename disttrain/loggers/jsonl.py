@@ -145,10 +145,9 @@ def rewind(path: Path, step: int) -> Rewound:
         with temporary.open("wb") as file:
             for line, record in _lines(path):
                 made_again = record["kind"] in _CUT_BACK
-                if made_again:
-                    reached = max(reached, record["step"])
-                else:
-                    reached = max(reached, (record.get("details") or {}).get("reached_step", 0))
+                # An earlier rewind may have dropped steps that went further than any record still here.
+                earlier = record.get("details", {}).get("reached_step", 0)
+                reached = max(reached, record["step"] if made_again else earlier)
                 if made_again and record["step"] > step:
                     dropped += 1
                 else:

@@ -11,6 +11,8 @@ from disttrain.loggers import readable
 RECENT = 20
 """Step records whose mean step time predicts the time left."""
 
+_STOPPED = {"steps": "all steps done", "time": "time is up", "target_loss": "target loss reached"}
+
 
 class Progress:
     """The latest records of a run, and what follows from them."""
@@ -33,15 +35,15 @@ class Progress:
                 self._recent.append((record["interval_steps"], record["step_seconds"]))
         elif record["kind"] == "eval":
             self.held_out = record
-        elif record["kind"] == "event" and record["event"] == "resumed":
-            self.step = record["step"]
+        elif record["kind"] == "header":
+            self.step = record.get("resumed_step") or 0
 
     @property
     def fraction(self) -> float | None:
         """Share of the run that is done, by the limit that is nearest; None without a limit in steps or seconds."""
         shares = [self.step / self.total_steps] if self.total_steps else []
         if self._seconds_limit:
-            shares.append(self.latest.get("elapsed_seconds", 0.0) / self._seconds_limit)
+            shares.append(self.latest.get("train_seconds", 0.0) / self._seconds_limit)
         return min(max(shares), 1.0) if shares else None
 
     @property
@@ -53,7 +55,7 @@ class Progress:
             step_seconds = sum(n * seconds for n, seconds in self._recent) / steps
             limits.append(max(self.total_steps - self.step, 0) * step_seconds)
         if self._seconds_limit and self.latest:
-            limits.append(max(self._seconds_limit - self.latest["elapsed_seconds"], 0.0))
+            limits.append(max(self._seconds_limit - self.latest["train_seconds"], 0.0))
         return min(limits, default=None)
 
     def at(self, step: int | None = None) -> str:
@@ -120,9 +122,14 @@ def title(header: dict[str, Any]) -> str:
     return f"{header.get('name') or 'run'}: {', '.join(part for part in parts if part)}"
 
 
+def stopped(record: dict[str, Any]) -> str:
+    """Why a run ended, from its summary record, in words."""
+    return _STOPPED.get(record["stop_reason"], record["stop_reason"])
+
+
 def farewell(record: dict[str, Any]) -> str:
     """The summary record in one line."""
-    parts = [f"{record.get('stop_reason') or 'done'} at step {record['step']}"]
+    parts = [f"{stopped(record)} at step {record['step']}"]
     if record.get("loss") is not None:
         parts.append(f"loss {readable.loss(record['loss'])}")
     if record.get("eval_loss") is not None:

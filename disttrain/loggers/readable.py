@@ -8,18 +8,25 @@ MIB = 1024**2
 
 def count(value: float | None) -> str:
     """1234567 -> `1.23M`: three significant digits, decimal prefixes."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return str(value)
-    for prefix, size in (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15)):
-        scaled = value / size
-        if abs(scaled) < 999.5 or prefix == "P":
-            digits = (
-                0 if abs(scaled) >= 99.95 or scaled == int(scaled) and not prefix else 1 if abs(scaled) >= 9.995 else 2
-            )
-            return f"{scaled:.{digits}f}{prefix}"
-    raise AssertionError("unreachable: the last prefix takes every value")
+    if value is None or not math.isfinite(value):
+        return "-" if value is None else str(value)
+    number, prefix = _scaled(value)
+    return f"{value:.0f}" if not prefix and value == int(value) else number + prefix
+
+
+def flops(value: float) -> str:
+    """FLOP/s -> `3.77 TFLOP/s` (decimal prefixes)."""
+    number, prefix = _scaled(value)
+    return f"{number} {prefix}FLOP/s"
+
+
+def _scaled(value: float) -> tuple[str, str]:
+    """(three significant digits, prefix)."""
+    prefixes = {1.0: "", 1e3: "k", 1e6: "M", 1e9: "G", 1e12: "T", 1e15: "P"}
+    scale = next((scale for scale in prefixes if abs(value) < 999.5 * scale), 1e15)
+    scaled = abs(value) / scale
+    digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+    return f"{value / scale:.{digits}f}", prefixes[scale]
 
 
 def size(value: float | None) -> str:

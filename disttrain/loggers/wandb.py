@@ -42,7 +42,7 @@ class WandbSink:
     @property
     def url(self) -> str | None:
         """Address of the run; None offline."""
-        return self._run.url
+        return None if self._run.offline else self._run.url
 
     def write(self, record: dict[str, Any]) -> None:
         """Take one record."""

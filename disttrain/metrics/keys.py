@@ -95,7 +95,7 @@ _ALL = (
     Metric("nsp_accuracy", "-", "pairs classified right / pairs", _EVAL),
     Metric("eval_sequences", "sequences", "held-out sequences used", ("eval",)),
     # summary
-    Metric("stop_reason", "-", "why the run ended", _END),
+    Metric("stop_reason", "-", "why the run ended: steps, time, target_loss or interrupted", _END),
     Metric("evaluation_seconds", "s", "time of evaluations, earlier processes added", _END),
     Metric("checkpoint_seconds", "s", "time in which training waited for checkpoints, earlier processes added", _END),
     Metric("logging_seconds", "s", "time of collecting and writing records, earlier processes added", _END),
@@ -131,7 +131,12 @@ _ALL = (
     Metric("git_commit", "-", "commit of disttrain, with + when its tree was changed; null if unknown", _HEAD),
     Metric("resumed_step", "steps", "step of the checkpoint that this process started from; null for a new run", _HEAD),
     # event
-    Metric("event", "-", "name of the event, for example resumed, checkpoint_saved, interrupted, sink_failed", _EVENT),
+    Metric(
+        "event",
+        "-",
+        "name of the event, for example resumed, rewound, checkpoint_saved, interrupted, sink_failed",
+        _EVENT,
+    ),
     Metric("message", "-", "one sentence for a person", _EVENT),
     Metric("details", "-", "whatever else the event says, as an object", _EVENT),
 )
