@@ -33,35 +33,7 @@ def train(
     nproc: Annotated[int | None, typer.Option(min=1, help="Local ranks to start; not inside a launcher.")] = None,
 ) -> None:
     """Train a model. Inside torchrun, deepspeed, horovodrun, mpirun or srun it joins that launcher's world."""
-    from disttrain.interruption import Interruption, die_with_parent
-
-    interruption = Interruption().listen()
-    from disttrain import launch, preflight
-    from disttrain.config.problems import Problem, RefusedInput
-
-    rank = launch.detect(os.environ)
-    inside = rank.launcher != "none"
-    if inside and nproc is not None:
-        problem = Problem((f"--nproc {nproc}", f"launcher {rank.launcher}"), "the launcher already started the ranks",
-                          "leave --nproc away, or run disttrain outside the launcher")  # fmt: skip
-        raise RefusedInput([problem])
-    settings = _load(config, overrides)
-    world_size = rank.world_size if inside else nproc or 1
-    problems = preflight.problems(settings, world_size)
-    if problems:
-        raise RefusedInput(problems)
-    prepared = _prepare(settings, quiet=rank.rank != 0)
-    if interruption.requested:
-        raise KeyboardInterrupt
-    if not inside and world_size > 1:
-        from disttrain import local_ranks
-
-        raise typer.Exit(local_ranks.start(world_size, ["train", str(config), *(overrides or [])]))
-    from disttrain.run import run
-
-    if "DISTTRAIN_LOCAL_RANKS" in os.environ:
-        die_with_parent()
-    raise typer.Exit(run(settings, rank, interruption, prepared))
+    raise typer.Exit(_train(config, overrides, nproc))
 
 
 @app.command()
@@ -132,6 +104,38 @@ def prepare(
 
 
 @app.command()
+def demo(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Local ranks to start.")] = 2,
+) -> None:
+    """Train a small GPT, compare its held-out loss with a trigram's and let it write."""
+    from disttrain.preflight import run_folder
+
+    code = _train(config, overrides, nproc)
+    if code:
+        raise typer.Exit(code)
+    from disttrain.demo import show_what_was_learned
+
+    raise typer.Exit(0 if show_what_was_learned(run_folder(_load(config, overrides)), _console()) else 1)
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The ",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among this many likeliest tokens.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
+) -> None:
+    """Let a trained GPT continue a text."""
+    from disttrain.tasks.sample import continue_text
+
+    typer.echo(continue_text(run, prompt, tokens, temperature, top_k, seed))
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Print the summary of a run and draw its loss curve again."""
     from disttrain.run import show
@@ -199,6 +203,39 @@ def _load(path: Path, overrides: list[str] | None) -> "Config":
     return load(path, overrides or [])
 
 
+def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
+    """Check everything, prepare the data, then train here, as a launcher's rank, or on local ranks; the exit code."""
+    from disttrain.interruption import Interruption, die_with_parent
+
+    interruption = Interruption().listen()
+    from disttrain import launch, preflight
+    from disttrain.config.problems import Problem, RefusedInput
+
+    rank = launch.detect(os.environ)
+    inside = rank.launcher != "none"
+    if inside and nproc is not None:
+        problem = Problem((f"--nproc {nproc}", f"launcher {rank.launcher}"), "the launcher already started the ranks",
+                          "leave --nproc away, or run disttrain outside the launcher")  # fmt: skip
+        raise RefusedInput([problem])
+    settings = _load(config, overrides)
+    world_size = rank.world_size if inside else nproc or 1
+    problems = preflight.problems(settings, world_size)
+    if problems:
+        raise RefusedInput(problems)
+    prepared = _prepare(settings, quiet=rank.rank != 0)
+    if interruption.requested:
+        raise KeyboardInterrupt
+    if not inside and world_size > 1:
+        from disttrain import local_ranks
+
+        return local_ranks.start(world_size, ["train", str(config), *(overrides or [])])
+    from disttrain.run import run
+
+    if inside and "DISTTRAIN_LOCAL_RANKS" in os.environ:
+        die_with_parent()
+    return run(settings, rank, interruption, prepared)
+
+
 def _console(stderr: bool = False):  # noqa: ANN202  rich is imported on use
     from rich.console import Console
 
@@ -218,4 +255,6 @@ def _prepare(config: "Config", quiet: bool, out: Path | None = None):  # noqa: A
         def report(done: int, total: int, what: str) -> None:
             progress.update(task, completed=done, total=total, description=what, visible=True)
 
-        return data.prepare(config, report, out)
+        if out is not None:
+            return data.prepare_folder(config, out, report)
+        return data.prepare(config, report)

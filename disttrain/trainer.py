@@ -70,5 +70,4 @@ def restore(session: Session, recorder: Recorder) -> int:
     trainer = checkpoint.load(path, state)
     session.engine.load_state_dict({**state, "engine": trainer["engine"]})
     recorder.load_state_dict(trainer["metrics"])
-    recorder.event("resumed", trainer["step"], f"resumed from {path}")
     return trainer["step"]

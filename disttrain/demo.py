@@ -1,0 +1,63 @@
+"""`disttrain demo`: train, then show beside a trigram what the model learned, and let it write."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from disttrain import report
+from disttrain.tasks.baseline import trigram_loss, uniform_loss
+from disttrain.tasks.generate import generate
+from disttrain.tasks.trained import Trained, load_trained
+
+PROMPTS = ("def ", "Return the ", "import ")
+
+
+def show_what_was_learned(folder: Path, console: Console) -> bool:
+    """Print samples and the held-out loss beside the baselines, redraw the curve with them; whether the model won."""
+    trained = load_trained(folder)
+    run = report.read_run(folder)
+    ours = next(record["eval_loss"] for record in reversed(run.evals) if record["step"] == trained.step)
+    with console.status("fitting a Kneser-Ney trigram to the same training text"):
+        trigram = trigram_loss(trained.config, trained.prepared)
+    lines = {"Kneser-Ney trigram": trigram, "uniform": uniform_loss(trained.config, trained.prepared)}
+    report.loss_curve(run, folder / "loss_curve.png", {"Kneser-Ney trigram": trigram})
+    console.print(_samples(trained))
+    console.print(_comparison(ours, lines))
+    won = ours < trigram
+    verdict = "beats" if won else "does not beat"
+    console.print(f"The trained model {verdict} the trigram on the same held-out tokens.", style="bold green" if won else "bold red")
+    console.print(f"Loss curve: {folder / 'loss_curve.png'}", highlight=False)
+    return won
+
+
+def _samples(trained: Trained) -> Table:
+    table = Table(title="What it writes", box=None, title_justify="left", show_header=False, title_style="bold")
+    table.add_column(overflow="fold")
+    for prompt in PROMPTS:
+        ids = trained.tokenizer.encode(prompt).tolist()
+        new = generate(
+            trained.model,  # type: ignore[arg-type]
+            ids,
+            max_new_tokens=48,
+            temperature=0.7,
+            top_k=40,
+            seed=1,
+            stop_id=trained.tokenizer.end_of_text,
+            vocab_size=trained.tokenizer.vocab_size,
+        )
+        table.add_row(f"[bold cyan]{escape(prompt)}[/]{escape(trained.tokenizer.decode(new).rstrip())}\n")
+    return table
+
+
+def _comparison(ours: float, lines: dict[str, float]) -> Table:
+    table = Table(title="Held-out loss, same tokens", title_justify="left", title_style="bold")
+    table.add_column("model")
+    table.add_column("nats per token", justify="right")
+    table.add_column("bits per token", justify="right")
+    nats_per_bit = 0.6931471805599453
+    for name, loss in sorted({"this model": ours, **lines}.items(), key=lambda item: item[1]):
+        style = "bold" if name == "this model" else None
+        table.add_row(name, f"{loss:.4f}", f"{loss / nats_per_bit:.4f}", style=style)
+    return table

@@ -1,0 +1,39 @@
+"""A trained model of a run folder, in this one process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from disttrain import checkpoint, data
+from disttrain.config.load import load
+from disttrain.config.problems import Problem, RefusedInput
+from disttrain.config.schema import Config
+from disttrain.data import Prepared, Tokenizer
+from disttrain.models import BERT, GPT, build_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Model with the weights of the newest good checkpoint, in evaluation mode, and what made its tokens."""
+
+    config: Config
+    model: GPT | BERT
+    tokenizer: Tokenizer
+    prepared: Prepared
+    step: int
+
+
+def load_trained(folder: Path) -> Trained:
+    """Load a run's newest good checkpoint on the CPU. Raises RefusedInput where there is none."""
+    path, damaged = checkpoint.newest_good(folder / "checkpoints")
+    if path is None or not (folder / "config.yaml").is_file():
+        reason = f"no checkpoint can be used ({'; '.join(damaged)})" if damaged else "there is no checkpoint in it"
+        raise RefusedInput([Problem((f"run {folder}",), reason, "give the folder of a trained run, such as runs/gpt_tiny")])
+    config = load(folder / "config.yaml")
+    model = build_model(config.model, config.run.seed, torch.float64 if config.precision == "fp64" else torch.float32)
+    state = {"model": model.state_dict()}
+    trainer = checkpoint.load(path, state)
+    model.load_state_dict(state["model"])
+    prepared = data.prepare(config)
+    return Trained(config, model.eval(), data.load_tokenizer(prepared.tokenizer), prepared, trainer["step"])
