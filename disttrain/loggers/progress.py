@@ -124,7 +124,8 @@ def title(header: dict[str, Any]) -> str:
 
 def stopped(record: dict[str, Any]) -> str:
     """Why a run ended, from its summary record, in words."""
-    return _STOPPED.get(record["stop_reason"], record["stop_reason"])
+    reason = str(record["stop_reason"])
+    return _STOPPED.get(reason, reason)
 
 
 def farewell(record: dict[str, Any]) -> str:
