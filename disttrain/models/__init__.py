@@ -30,6 +30,7 @@ def build_model(
     with torch.device("meta"):
         model = FAMILIES[config.family](config)
     model = model.to(dtype)
+    tie_weights(model)
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)

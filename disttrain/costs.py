@@ -1,0 +1,209 @@
+"""What a model costs in parameters, FLOPs and bytes: the one home of every formula (no torch).
+
+Letters: L layers, H hidden size, A heads, F feed-forward width, V vocabulary, S sequence length, M predicted tokens of
+a BERT sequence. A multiply-add is two FLOPs; only matrix products count, as in Narayanan et al. 2021 and Chowdhery et
+al. 2022 (PaLM), appendix B. The backward pass of a product is two products of its size, so training is three times
+forward: this holds exactly, since even the first layer needs its input's gradient, for the embeddings.
+
+Three conventions of utilisation, each a function here divided by step time and peak:
+
+- `mfu_causal`: `training_flops_per_sequence(causal=True)`, attention counted over GPT's causal triangle;
+- `mfu_full`: `causal=False`, attention counted over the whole S x S square, as most published figures do;
+- `hfu`: `hardware_flops_per_sequence`, what is computed when activations are recomputed, square attention.
+"""
+
+from typing import Literal, NamedTuple
+
+from disttrain.config.presets import shape_of
+from disttrain.config.schema import DataConfig, ModelConfig, Precision
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of a model; the tied decoder counts once, as an embedding."""
+
+    embedding: int
+    """Token, position and token-type embeddings."""
+    non_embedding: int
+    """Blocks, norms and heads."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.non_embedding
+
+
+def parameter_count(model: ModelConfig) -> ParameterCount:
+    """Exact parameter count.
+
+    A block has 4 H^2 + 2 H F weights, 5 H + F biases and 4 H norm parameters. GPT adds a final norm (2 H); BERT an
+    embedding norm (2 H), the masked-token head (H^2 + H, norm 2 H, decoder bias V), the pooler (H^2 + H) and the
+    next-sentence head (2 H + 2).
+    """
+    shape = shape_of(model)
+    h, f, v = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size
+    blocks = shape.layers * (4 * h * h + 2 * h * f + 5 * h + f + 4 * h)
+    if model.family == "gpt":
+        return ParameterCount((v + shape.max_positions) * h, blocks + 2 * h)
+    heads = (h * h + h) + 2 * h + v + (h * h + h) + (2 * h + 2)
+    return ParameterCount((v + shape.max_positions + 2) * h, blocks + 2 * h + heads)
+
+
+class ForwardFlops(NamedTuple):
+    """FLOPs of one sequence's forward pass, by what recomputation treats alike."""
+
+    block_linears: float
+    attention: float
+    """Q K^T and the weighted sum of V."""
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.block_linears + self.attention + self.head
+
+
+def forward_flops_per_sequence(
+    model: ModelConfig, sequence_length: int, causal: bool, predicted_tokens: float | None = None
+) -> ForwardFlops:
+    """FLOPs of one sequence's forward pass.
+
+    - linears of the blocks: 2 S L (4 H^2 + 2 H F)
+    - attention: 4 H L P, with P = S (S + 1) / 2 pairs if causal and the model is a GPT, else P = S^2
+    - GPT head: 2 S H V
+    - BERT heads: 2 M (H^2 + H V) for the M predicted tokens, and 2 (H^2 + 2 H) for pooler and next sentence, once
+
+    predicted_tokens is M; BERT's default is the default mlm_probability times S. GPT predicts every token.
+    """
+    shape = shape_of(model)
+    h, f, v, s = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size, sequence_length
+    linears = 2 * s * shape.layers * (4 * h * h + 2 * h * f)
+    pairs = s * (s + 1) // 2 if causal and model.family == "gpt" else s * s
+    attention = 4 * h * shape.layers * pairs
+    if model.family == "gpt":
+        return ForwardFlops(linears, attention, 2 * s * h * v)
+    head = 2 * _predicted(sequence_length, predicted_tokens) * (h * h + h * v) + 2 * (h * h + 2 * h)
+    return ForwardFlops(linears, attention, head)
+
+
+def training_flops_per_sequence(
+    model: ModelConfig, sequence_length: int, causal: bool, predicted_tokens: float | None = None
+) -> float:
+    """Model FLOPs of forward and backward for one sequence: three times forward, whatever is recomputed."""
+    return 3 * forward_flops_per_sequence(model, sequence_length, causal, predicted_tokens).total
+
+
+def hardware_flops_per_sequence(
+    model: ModelConfig, sequence_length: int, recompute: Recompute, predicted_tokens: float | None = None
+) -> float:
+    """FLOPs computed for one sequence: training plus what is done twice (Korthikanti et al. 2022, section 4).
+
+    full: the blocks' forward pass again, save for the last product of a GPT block without dropout (2 S H F): nothing in
+    the backward pass needs its result, and torch's checkpoint stops before it. selective: attention again. Attention is
+    counted as a whole square; what a fused kernel recomputes for itself in its backward pass is not counted.
+    """
+    shape = shape_of(model)
+    forward = forward_flops_per_sequence(model, sequence_length, False, predicted_tokens)
+    last = 2 * sequence_length * shape.layers * shape.hidden_size * shape.ffn_hidden_size
+    whole = forward.block_linears + forward.attention
+    skips_last = model.family == "gpt" and model.dropout == 0
+    again = {"none": 0, "selective": forward.attention, "full": whole - last if skips_last else whole}
+    return 3 * forward.total + again[recompute]
+
+
+def six_n_flops_per_sequence(model: ModelConfig, sequence_length: int) -> float:
+    """The rule of thumb 6 N S (Hoffmann et al. 2022), N all parameters: for comparison with published figures."""
+    return 6 * parameter_count(model).total * sequence_length
+
+
+class StateBytes(NamedTuple):
+    """Bytes of one parameter in memory under AdamW, on a rank that holds all of it."""
+
+    weight: int
+    """Master weight: fp32, or fp64 for proofs."""
+    compute_copy: int
+    """The bf16 or fp16 copy that autocast keeps during a forward and backward pass."""
+    gradient: int
+    optimizer: int
+    """Two moments."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weight + self.compute_copy + self.gradient + self.optimizer
+
+
+def state_bytes_per_parameter(precision: Precision) -> StateBytes:
+    """Bytes of weight, low-precision copy, gradient and optimizer for each parameter (Rajbhandari et al. 2020, 3.1)."""
+    wide = _wide_bytes(precision)
+    return StateBytes(wide, 2 if precision in ("bf16", "fp16") else 0, wide, 2 * wide)
+
+
+def checkpoint_bytes(model: ModelConfig, precision: Precision) -> int:
+    """Bytes of one checkpoint: weights and both AdamW moments, 12 for each parameter (24 in fp64)."""
+    each = state_bytes_per_parameter(precision)
+    return parameter_count(model).total * (each.weight + each.optimizer)
+
+
+class ActivationBytes(NamedTuple):
+    """Bytes that one micro-batch needs beside the state, an estimate of the peak."""
+
+    saved: float
+    """Held from the forward to the backward pass."""
+    working: float
+    """The largest that comes on top: the logits' gradient, or the block that is being recomputed."""
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.saved + self.working
+
+
+def activation_bytes(
+    model: ModelConfig,
+    sequence_length: int,
+    micro_batch_size: int,
+    precision: Precision,
+    recompute: Recompute = "none",
+    fused_attention: bool = True,
+    predicted_tokens: float | None = None,
+) -> ActivationBytes:
+    """Activations of one micro-batch on one rank that holds the whole model, without dropout.
+
+    Korthikanti et al. 2022, equation 2 (34 S B H + 5 A S^2 B bytes a block), adapted to this code: c bytes for an
+    element of a matrix product (2, 4 or 8), w for one of the residual stream and the norms (4, or 8 in fp64), and no
+    dropout masks. For each token, a block saves
+
+        2 w H    inputs of both norms
+        6 c H    inputs of qkv, out and up; query, key and value
+        2 c F    inputs of GELU and down
+        4 A      log-sum-exp of fused attention, or c A S for its weights when it is not fused
+
+    and the head w H + c H + c V (for BERT only at predicted tokens, with a second H x H layer: w H + 3 c H + c V).
+    recompute=full keeps w H for each token and block; selective drops what attention saves for itself.
+    """
+    shape = shape_of(model)
+    h, v = shape.hidden_size, shape.vocab_size
+    wide, narrow = _wide_bytes(precision), 2 if precision in ("bf16", "fp16") else _wide_bytes(precision)
+    core = 4 * shape.heads if fused_attention else narrow * shape.heads * sequence_length
+    block = 2 * wide * h + 6 * narrow * h + 2 * narrow * shape.ffn_hidden_size
+    whole_block = block + core
+    kept = {"none": whole_block, "selective": block, "full": wide * h}[recompute]
+    tokens = sequence_length * micro_batch_size
+    saved = shape.layers * kept * tokens
+    if model.family == "gpt":
+        predicted, head = float(tokens), (wide + narrow) * h + narrow * v
+    else:
+        predicted = _predicted(sequence_length, predicted_tokens) * micro_batch_size
+        head = (wide + 3 * narrow) * h + narrow * v
+    again = {"none": 0, "selective": core, "full": whole_block}[recompute] * tokens
+    return ActivationBytes(saved + head * predicted, max(narrow * v * predicted, again))
+
+
+def _predicted(sequence_length: int, predicted_tokens: float | None) -> float:
+    return DataConfig().mlm_probability * sequence_length if predicted_tokens is None else predicted_tokens
+
+
+def _wide_bytes(precision: Precision) -> int:
+    return 8 if precision == "fp64" else 4
