@@ -1,0 +1,42 @@
+"""The process group of a run: one path for a world of one and a world of many."""
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from disttrain.config.problems import Problem, RefusedInput
+from disttrain.launch import RankInfo, environment_for_torch
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+def start(info: RankInfo, device_type: str, timeout_s: float) -> None:
+    """Join the world's default process group; every rank calls it, and waits at most `timeout_s` seconds.
+
+    `device_type` is "cpu" (gloo) or "cuda" (NCCL beside gloo; the caller has chosen this rank's device). A world of
+    one gets the same kind of group without any network. torch's variables (RANK, MASTER_ADDR, ...) are put into
+    os.environ, since libraries read them. Raises RefusedInput when the ranks do not meet at the master address.
+    """
+    os.environ.update(environment_for_torch(info))
+    backend, timeout = _BACKENDS[device_type], timedelta(seconds=timeout_s)
+    try:
+        if info.world_size == 1:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  documented, but not in __all__
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    except RuntimeError as error:  # a store's time-out, an unknown host, an unknown network interface
+        meeting = (f"MASTER_ADDR={info.master_address}", f"MASTER_PORT={info.master_port}")
+        message = f"rank {info.rank} of {info.world_size} did not join the other ranks: {error}".splitlines()[0]
+        fix = (
+            "Check that MASTER_ADDR is the host of rank 0 and reachable, that no other job uses the port, that every "
+            "rank was started, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the right network interface."
+        )
+        raise RefusedInput([Problem(meeting, message, fix)]) from error
+
+
+def stop() -> None:
+    """Leave the process group; does nothing when there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
