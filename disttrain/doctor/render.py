@@ -34,7 +34,10 @@ def _launcher(diagnosis: Diagnosis, console: Console) -> None:
     info = diagnosis.info
     if info is None:
         return
-    nodes = "an unknown number of nodes" if info.nodes is None else f"{info.nodes} node{'s' * (info.nodes != 1)}"
+    number = info.nodes
+    if number is None and len(diagnosis.ranks) == info.world_size:
+        number = len({facts.host for facts in diagnosis.ranks})
+    nodes = "an unknown number of nodes" if number is None else f"{number} node{'s' * (number != 1)}"
     world = f"world of {info.world_size} on {nodes}"
     meeting = f", meeting at {info.master_address}:{info.master_port}" if info.world_size > 1 else ""
     restarts = f", restart {info.restart_count}" if info.restart_count else ""

@@ -201,6 +201,11 @@ def test_number_of_hosts_is_not_the_number_of_nodes():
     assert contradictions(unknown, [facts(0), facts(1)]) == []
 
 
+def test_hosts_are_counted_where_the_launcher_does_not_tell():
+    ranks = [facts(0), facts(1, "node1", 0)]
+    assert "world of 2 on 2 nodes" in rendered(Diagnosis(replace(world_of(2, 2), nodes=None), ranks))
+
+
 def test_notes_about_threads_and_binding():
     assert notes(world_of(2, 1), [facts(0, threads=2), facts(1, threads=2)]) == []
     (crowded,) = notes(world_of(2, 1), [facts(0, threads=4), facts(1, threads=4)])
