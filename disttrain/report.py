@@ -64,12 +64,21 @@ def read_run(run_dir: Path) -> Run:
 
 
 def loss_curve(run: Run, path_png: Path, references: Mapping[str, float] | None = None) -> None:
-    """Draw training loss (every record, and smoothed) and held-out loss against tokens seen into a PNG.
+    """Draw `loss_figure` into a PNG of 1200 x 750 pixels, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = loss_figure(run, references)
+    FigureCanvasAgg(figure)
+    Path(path_png).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path_png)
+
+
+def loss_figure(run: Run, references: Mapping[str, float] | None = None) -> Any:
+    """matplotlib figure of training loss (every record, and smoothed) and held-out loss against tokens seen.
 
     `references` are horizontal lines: label to nats. Records whose loss is not finite leave a gap. Raises ValueError
     when no step has a finite loss.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -79,7 +88,6 @@ def loss_curve(run: Run, path_png: Path, references: Mapping[str, float] | None 
         raise ValueError(f"{run.folder / FILE} holds no step with a finite loss")
     tokens, steps, losses = (list(column) for column in zip(*points, strict=True))
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(tokens, losses, color="#9bb8d3", linewidth=0.8, label="training, each record")
     axes.plot(tokens, _running_mean(losses), color="#1f5a94", linewidth=2.0, label="training, smoothed")
@@ -98,8 +106,7 @@ def loss_curve(run: Run, path_png: Path, references: Mapping[str, float] | None 
     axes.legend(frameon=False)
     _step_axis(axes, tokens, steps)
     figure.suptitle(f"{run.name}: {_last_losses(run)} at the end", fontsize=11)
-    Path(path_png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path_png)
+    return figure
 
 
 def summary_table(run: Run) -> Table:

@@ -66,7 +66,8 @@ class Loggers:
             self._header = record
         self._truth.write(record)
         for sink in list(self._sinks):
-            self._give(sink, record)
+            if sink in self._sinks:  # writing the event of one failure may have dropped another sink
+                self._give(sink, record)
 
     def event(self, event: str, message: str, step: int | None = None, **details: Any) -> None:
         """Write an event: its name, a sentence for a person, and details (JSON values) for a program."""

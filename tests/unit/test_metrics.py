@@ -324,10 +324,28 @@ def test_every_key_of_a_real_record_is_documented_for_its_kind():
             assert name in made | by_composite, f"{name} is documented and no record holds it"
 
 
-CONTRACT = """step tokens_seen loss learning_rate grad_norm loss_scale skipped_steps step_seconds tokens_per_second
-tokens_per_second_per_rank model_flops_per_second_per_rank mfu_causal mfu_full hfu peak_allocated_bytes_max
-peak_reserved_bytes_max host_rss_bytes_max comm_bytes_per_step comm_bytes_uncompressed_per_step
-pipeline_bubble_fraction""".split()
+CONTRACT = [
+    "step",
+    "tokens_seen",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "loss_scale",
+    "skipped_steps",
+    "step_seconds",
+    "tokens_per_second",
+    "tokens_per_second_per_rank",
+    "model_flops_per_second_per_rank",
+    "mfu_causal",
+    "mfu_full",
+    "hfu",
+    "peak_allocated_bytes_max",
+    "peak_reserved_bytes_max",
+    "host_rss_bytes_max",
+    "comm_bytes_per_step",
+    "comm_bytes_uncompressed_per_step",
+    "pipeline_bubble_fraction",
+]
 
 
 def test_the_keys_of_the_contract_are_in_a_step_record():
