@@ -83,7 +83,7 @@ def test_the_table_says_what_a_run_came_to(tmp_path):
     assert got["masked tokens right"] == "50.0 %"
     assert got["tokens seen"] == "600 in 6 steps"
     assert got["time"] == "12 s, of it 6.0 s in steps, 3.0 s checkpoint"
-    assert got["tokens per second"] == "160 (80.0 a rank on 2 ranks), mean of 3 steps after warm-up"  # 300 in 15/8 s
+    assert got["tokens per second"] == "160 (80 a rank on 2 ranks), mean of 3 steps after warm-up"  # 300 in 15/8 s
     assert got["step time"] == "median 625 ms, mean 625 ms"
     assert got["MFU"] == "- (no datasheet figure for this CPU; 2.00 GFLOP/s a rank)"
     assert got["memory, worst rank"] == "512 MiB host (rank 1)"
