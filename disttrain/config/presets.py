@@ -96,9 +96,14 @@ def apply_preset(model: Mapping[str, Any]) -> dict[str, Any]:
         return dict(model)
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
+        known = ", ".join(PRESETS)
         nearest = difflib.get_close_matches(str(name).lower(), PRESETS, n=1, cutoff=0.0)[0]
         raise RefusedInput(
-            [Problem((f"model.preset={name}",), "There is no such preset.", f"Did you mean {nearest}?")],
+            [
+                Problem(
+                    (f"model.preset={name}",), "There is no such preset.", f"Did you mean {nearest}? There are {known}."
+                )
+            ],
         )
     family = model.get("family", preset["family"])
     if family != preset["family"]:

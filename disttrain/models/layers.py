@@ -34,12 +34,15 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V for [B, A, S, D]; mask is bool [B, S] over keys, and excludes causal.
+    """softmax(Q K^T / sqrt(D)) V for [B, A, S, D]; mask is bool [B, S] over keys.
 
     Through torch's scaled_dot_product_attention, save for half precision on a CPU up to 512 tokens: there its kernel
     multiplies in float32 and the plain products are two to four times faster, backward included. Those keep the
     scores in half precision and the softmax's sums in float32, as Megatron-LM's and Hugging Face's unfused attention.
+    Raises ValueError for a mask beside causal.
     """
+    if mask is not None and causal:
+        raise ValueError("attention takes either a mask or causal, not both")
     if query.device.type == "cpu" and query.dtype.itemsize == 2 and query.shape[2] <= UNFUSED_SEQUENCE:
         return _attend_unfused(query, key, value, mask, causal, dropout)
     keys = None if mask is None else mask[:, None, None, :]
@@ -50,15 +53,14 @@ def _attend_unfused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
 ) -> Tensor:
     batch, heads, sequence, size = query.shape
-    hidden = query.new_zeros(1, 1, sequence)  # added to the scores: 0 where attended to, the lowest number elsewhere
-    lowest = torch.finfo(query.dtype).min
+    hidden = torch.zeros(1, sequence, dtype=torch.bool, device=query.device)
     if causal:
-        future = torch.ones(sequence, sequence, dtype=torch.bool, device=query.device).triu(1)
-        hidden = hidden.masked_fill(future, lowest)
+        hidden = torch.ones(sequence, sequence, dtype=torch.bool, device=query.device).triu(1)
     if mask is not None:
-        hidden = hidden.masked_fill(~mask[:, None, :], lowest).repeat_interleave(heads, 0)
+        hidden = ~mask[:, None, :].repeat_interleave(heads, 0)
+    bias = query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)
     query, key, value = (x.reshape(batch * heads, sequence, size) for x in (query, key, value))
-    scores = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=1 / math.sqrt(size))
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=1 / math.sqrt(size))
     weights = F.dropout(scores.softmax(-1), dropout)
     return torch.bmm(weights, value).view(batch, heads, sequence, size)
 
