@@ -156,9 +156,9 @@ def _state(run: Run, summary: Record | None, last: Record) -> str:
 
 def _smoothed(run: Run) -> str:
     losses = [record["loss"] for record in run.steps]
-    if len(losses) < 10:
+    if len(losses) < 20:
         return ""
-    tail = losses[-max(len(losses) // 10, 1) :]
+    tail = losses[-(len(losses) // 10) :]
     return f" (mean of the last {len(tail)} records {readable.loss(sum(tail) / len(tail))})"
 
 
@@ -170,7 +170,7 @@ def _held_out_rows(run: Run) -> list[tuple[str, str]]:
     note = "" if best is last else f" (best {readable.loss(best['eval_loss'])} at step {best['step']})"
     rows = [("held-out loss", f"{readable.loss(last['eval_loss'])} nats at step {last['step']}{note}")]
     if last.get("perplexity") is not None:
-        rows.append(("held-out perplexity", f"{last['perplexity']:.4g}"))
+        rows.append(("held-out perplexity", readable.perplexity(last["perplexity"])))
     for key, label in (("mlm_accuracy", "masked tokens right"), ("nsp_accuracy", "pairs right")):
         if last.get(key) is not None:
             rows.append((label, readable.percent(last[key])))

@@ -101,7 +101,7 @@ def held_out_text(record: dict[str, Any]) -> str:
     """An eval record in one sentence."""
     parts = [f"held-out loss {readable.loss(record['eval_loss'])}"]
     if record.get("perplexity") is not None:
-        parts.append(f"perplexity {readable.count(record['perplexity'])}")
+        parts.append(f"perplexity {readable.perplexity(record['perplexity'])}")
     for key, label in (("mlm_accuracy", "masked tokens right"), ("nsp_accuracy", "pairs right")):
         if record.get(key) is not None:
             parts.append(f"{label} {readable.percent(record[key])}")

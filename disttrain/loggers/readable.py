@@ -66,3 +66,8 @@ def loss(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share -> `41.3 %`."""
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def perplexity(value: float) -> str:
+    """A perplexity -> `9.488` or, from ten thousand, `50.3k`."""
+    return f"{value:.4g}" if value < 9999.5 else count(value)

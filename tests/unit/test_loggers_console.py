@@ -95,7 +95,7 @@ def test_plain_events_evaluations_and_the_end_are_said_in_order():
         "gpt_tiny: gpt, 3.21M parameters, 4 ranks (shard 2, tensor 2), bf16",
         "step 1/9  loss 2.3457  lr 3.00e-4  grad 1.50  12.3k tokens/s  250 ms  2.0 s left",
         "step 3/9  loss 2.3457  lr 3.00e-4  grad 1.50  12.3k tokens/s  250 ms  1.5 s left",
-        "step 3/9  held-out loss 2.2500, perplexity 9.49",
+        "step 3/9  held-out loss 2.2500, perplexity 9.488",
         "step 3/9  checkpoint saved: here",
         "stopping",
         "all steps done at step 9, loss 2.0000, held-out 2.1000, 12.0k tokens/s, 1:23",
@@ -161,7 +161,7 @@ def test_before_the_first_step_and_without_a_length_there_is_a_display_too():
 def test_live_messages_scroll_above_and_the_cursor_comes_back():
     records = [HEADER, step(3), EVAL, event("checkpoint_saved", "checkpoint saved: " + "x" * 90, 3)]
     _, written = drawn([*records, event("sink_failed", "never shown")])
-    assert "step    3/1000  held-out loss 2.2500, perplexity 9.49" in written
+    assert "step    3/1000  held-out loss 2.2500, perplexity 9.488" in written
     assert "x" * 90 in written and "never shown" not in written
     assert written.count(HIDE_CURSOR) == 1 and written.rindex(SHOW_CURSOR) > written.index(HIDE_CURSOR)
 
@@ -284,6 +284,9 @@ def test_titles_and_scores_leave_out_what_is_not_known():
         (readable.step_time, 0.0421, "42.1 ms"),
         (readable.step_time, 1.251, "1.25 s"),
         (readable.percent, 0.4131, "41.3 %"),
+        (readable.perplexity, 1402.94, "1403"),
+        (readable.perplexity, 50257.0, "50.3k"),
+        (readable.perplexity, float("inf"), "inf"),
     ],
 )
 def test_numbers_read_well(function, value, text):

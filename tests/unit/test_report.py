@@ -91,6 +91,11 @@ def test_the_table_says_what_a_run_came_to(tmp_path):
     assert "skipped updates" not in got and "failed sinks" not in got
 
 
+def test_a_noisy_last_loss_is_put_beside_its_recent_mean(tmp_path):
+    run = run_of(tmp_path, HEADER, *(step(n, 5.0 - n / 10) for n in range(1, 31)))
+    assert table_text(run)["training loss"] == "2.0000 nats at step 30 (mean of the last 3 records 2.1000)"
+
+
 def test_what_is_known_on_a_gpu_is_shown(tmp_path):
     memory = {"peak_allocated_bytes_max": 2**30, "peak_allocated_bytes_max_rank": 0}
     memory |= {"peak_reserved_bytes_max": 3 * 2**29, "peak_reserved_bytes_max_rank": 1, "host_rss_bytes_max": None}
