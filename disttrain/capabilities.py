@@ -4,6 +4,7 @@ A row names, for each feature that an engine carries out, the settings it accept
 engine's row is refused before anything starts.
 """
 
+from disttrain.config.checks import given
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 
@@ -36,7 +37,9 @@ def missing(config: Config) -> list[Problem]:
             message = f"engine {config.engine} cannot do {key}={value}"
             fix = f"use {key}={' or '.join(str(v).lower() if isinstance(v, bool) else str(v) for v in accepted)}"
             problems.append(Problem((f"engine={config.engine}", f"{key}={value}"), message, fix))
-    if config.parallel.pipeline == 1 and "schedule" in config.parallel.model_fields_set:
+    if config.parallel.pipeline == 1 and given(config, "parallel.schedule"):
         settings = (f"parallel.schedule={config.parallel.schedule}", "parallel.pipeline=1")
-        problems.append(Problem(settings, "a pipeline schedule has no effect without stages", "remove parallel.schedule"))
+        problems.append(
+            Problem(settings, "a pipeline schedule has no effect without stages", "remove parallel.schedule")
+        )
     return problems

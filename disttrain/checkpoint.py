@@ -29,6 +29,7 @@ def save(folder: Path, step: int, tensors: dict[str, Any], trainer: dict[str, An
     """
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     from disttrain.parallel.collectives import gather_objects
 
@@ -51,7 +52,7 @@ def save(folder: Path, step: int, tensors: dict[str, Any], trainer: dict[str, An
         return outcomes
 
     attempt(lambda: _make_empty(writing) if first else None)
-    attempt(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(writing, single_file_per_rank=True)) and None)
+    attempt(lambda: dcp.save(tensors, storage_writer=FileSystemWriter(writing, single_file_per_rank=True)) and None)
     checksums = attempt(lambda: _checksums(writing, f"__{dist.get_rank()}_"))
     attempt(lambda: _finish(writing, final, trainer, checksums) if first else None)
     attempt(lambda: prune(folder, keep) if first else None)
@@ -64,9 +65,10 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     Raises CheckpointFailed where the checkpoint does not fit the model.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
+        dcp.load(tensors, storage_reader=FileSystemReader(path))
     except (Exception, dcp.api.CheckpointException) as error:
         raise CheckpointFailed(f"{path} could not be loaded: {_root_cause(error)}") from error
     return json.loads((path / TRAINER).read_text())

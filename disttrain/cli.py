@@ -2,14 +2,20 @@
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
     from disttrain.config.problems import Problem
     from disttrain.config.schema import Config
+    from disttrain.data.preparation import Prepared, Report
 
 app = typer.Typer(
     name="disttrain",
@@ -22,7 +28,9 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, for example runs/gpt_tiny.")]
 
 
@@ -60,15 +68,18 @@ def doctor(
 ) -> None:
     """Show launcher, ranks, devices, versions and link speed, and explain contradictions."""
     from disttrain import launch
+    from disttrain.config.problems import RefusedInput
     from disttrain.doctor import diagnose, render
 
-    rank = launch.detect(os.environ)
-    if rank.launcher == "none" and nproc > 1:
+    if nproc > 1:
+        rank = launch.detect(os.environ)
+        if rank.launcher != "none":
+            raise RefusedInput([_already_launched(nproc, rank.launcher)])
         from disttrain import local_ranks
 
         raise typer.Exit(local_ranks.start(nproc, ["doctor"]))
-    diagnosis = diagnose(rank)
-    if rank.rank == 0:
+    diagnosis = diagnose()
+    if diagnosis.info is None or diagnosis.info.rank == 0:
         render(diagnosis, _console())
     raise typer.Exit(1 if diagnosis.problems else 0)
 
@@ -100,7 +111,11 @@ def prepare(
     problems = data.preflight(settings)
     if problems:
         raise RefusedInput(problems)
-    _prepare(settings, quiet=False, out=out)
+    with _progress(quiet=False) as report:
+        folders = [data.prepare_folder(settings, out, report)] if out else []
+        folders = folders or [folder for folder, _ in data.prepare(settings, report).train]
+    for folder in folders:
+        _console().print(f"prepared: {folder}", highlight=False)
 
 
 @app.command()
@@ -174,7 +189,9 @@ def _explain_failure(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, click.exceptions.Abort):
         return 130
-    if isinstance(error, RuntimeError | OSError | FloatingPointError) and type(error).__module__.startswith("disttrain"):
+    if isinstance(error, RuntimeError | OSError | FloatingPointError) and type(error).__module__.startswith(
+        "disttrain"
+    ):
         print(f"disttrain: {error}", file=sys.stderr)
         return 1
     import logging
@@ -209,14 +226,12 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
 
     interruption = Interruption().listen()
     from disttrain import launch, preflight
-    from disttrain.config.problems import Problem, RefusedInput
+    from disttrain.config.problems import RefusedInput
 
     rank = launch.detect(os.environ)
     inside = rank.launcher != "none"
     if inside and nproc is not None:
-        problem = Problem((f"--nproc {nproc}", f"launcher {rank.launcher}"), "the launcher already started the ranks",
-                          "leave --nproc away, or run disttrain outside the launcher")  # fmt: skip
-        raise RefusedInput([problem])
+        raise RefusedInput([_already_launched(nproc, rank.launcher)])
     settings = _load(config, overrides)
     world_size = rank.world_size if inside else nproc or 1
     problems = preflight.problems(settings, world_size)
@@ -236,17 +251,30 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     return run(settings, rank, interruption, prepared)
 
 
-def _console(stderr: bool = False):  # noqa: ANN202  rich is imported on use
+def _already_launched(nproc: int, launcher: str) -> "Problem":
+    from disttrain.config.problems import Problem
+
+    return Problem((f"--nproc {nproc}", f"launcher {launcher}"), "the launcher already started the ranks",
+                   "leave --nproc away, or run disttrain outside the launcher")  # fmt: skip
+
+
+def _console(stderr: bool = False) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr)
 
 
-def _prepare(config: "Config", quiet: bool, out: Path | None = None):  # noqa: ANN202
+def _prepare(config: "Config", quiet: bool) -> "Prepared":
     """Prepare the data with a progress bar; what is prepared already costs nothing and shows nothing."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     from disttrain import data
+
+    with _progress(quiet) as report:
+        return data.prepare(config, report)
+
+
+@contextmanager
+def _progress(quiet: bool) -> "Iterator[Report]":
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_console(stderr=True), transient=True, disable=quiet) as progress:
@@ -255,6 +283,4 @@ def _prepare(config: "Config", quiet: bool, out: Path | None = None):  # noqa: A
         def report(done: int, total: int, what: str) -> None:
             progress.update(task, completed=done, total=total, description=what, visible=True)
 
-        if out is not None:
-            return data.prepare_folder(config, out, report)
-        return data.prepare(config, report)
+        yield report

@@ -26,8 +26,8 @@ def show_what_was_learned(folder: Path, console: Console) -> bool:
     console.print(_samples(trained))
     console.print(_comparison(ours, lines))
     won = ours < trigram
-    verdict = "beats" if won else "does not beat"
-    console.print(f"The trained model {verdict} the trigram on the same held-out tokens.", style="bold green" if won else "bold red")
+    verdict, style = ("beats", "bold green") if won else ("does not beat", "bold red")
+    console.print(f"The trained model {verdict} the trigram on the same held-out tokens.", style=style)
     console.print(f"Loss curve: {folder / 'loss_curve.png'}", highlight=False)
     return won
 

@@ -20,7 +20,9 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
     step, saved, evaluated, stop = start, start, -1, "steps" if start >= steps else None
     while stop is None:
         recorder.begin_step()
-        micro_batches = recorder.waited_for(session.data.micro_batches(step, session.data_rank, session.mesh.data_ranks))
+        micro_batches = recorder.waited_for(
+            session.data.micro_batches(step, session.data_rank, session.mesh.data_ranks)
+        )
         step += 1
         rate = learning_rate(config.optim, step, steps)
         result = engine.step(micro_batches, step, rate)

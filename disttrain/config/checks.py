@@ -1,4 +1,4 @@
-"""Cross-checks of a config that needs neither files nor torch: which settings contradict each other, and how to mend it."""
+"""Cross-checks of a config that need neither files nor torch: which settings contradict each other, and the fix."""
 
 from collections.abc import Iterator
 
@@ -16,9 +16,10 @@ def setting(config: Config, key: str) -> str:
 
 
 def given(config: Config, key: str) -> bool:
-    """Whether the user wrote this setting, rather than leaving its default."""
+    """Whether the user asked for something here: a value other than the default (which a saved config writes out)."""
     section, name = key.split(".")
-    return section in config.model_fields_set and name in getattr(config, section).model_fields_set
+    model = getattr(config, section)
+    return getattr(model, name) != type(model).model_fields[name].get_default(call_default_factory=True)
 
 
 def total_steps(config: Config) -> int | None:
@@ -127,10 +128,10 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             "the first loss scale is below the smallest one",
             f"use loss_scale.minimum={scale.initial} or less",
         )
-    if "loss_scale" in config.model_fields_set and config.precision != "fp16":
+    scaling = [key for key in type(scale).model_fields if given(config, f"loss_scale.{key}")]
+    if scaling and config.precision != "fp16":
         yield Problem(
-            tuple(setting(config, f"loss_scale.{key}") for key in sorted(scale.model_fields_set)) +
-            (f"precision={config.precision}",),
+            (*(setting(config, f"loss_scale.{key}") for key in scaling), f"precision={config.precision}"),
             "only fp16 scales its loss, so these settings have no effect",
             "remove loss_scale or use precision=fp16",
         )  # fmt: skip

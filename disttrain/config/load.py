@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -53,10 +53,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """The same config with some dotted keys replaced, for example ``{"model.vocab_size": 261}``.
-
-    Which keys the user gave (`model_fields_set`) is kept, so that later checks still tell given from default.
-    """
+    """The same config with some dotted keys replaced, for example ``{"model.vocab_size": 261}``."""
     for key, value in values.items():
         config = _replaced(config, key.split("."), value)
     return config
@@ -65,10 +62,7 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 def _replaced(model: Any, keys: list[str], value: Any) -> Any:
     name, *rest = keys
     new = _replaced(getattr(model, name), rest, value) if rest else value
-    copy = model.model_copy(update={name: new})
-    copy.__pydantic_fields_set__.clear()
-    copy.__pydantic_fields_set__.update(model.model_fields_set)
-    return copy
+    return model.model_copy(update={name: new})
 
 
 def dump(config: Config) -> str:
@@ -80,8 +74,8 @@ def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Dotted names of every setting, in the order of the schema."""
     keys = []
     for name, field in model.model_fields.items():
-        section = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)), None)
-        keys += all_keys(section, f"{prefix}{name}.") if section else [prefix + name]
+        section = field.annotation
+        keys += all_keys(section, f"{prefix}{name}.") if _is_section(section) else [prefix + name]
     return keys
 
 
@@ -94,7 +88,7 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def _is_model(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
@@ -106,7 +100,9 @@ def _read(path: Path, problems: list[Problem]) -> dict[str, Any]:
         fix = f"give one of: {', '.join(near)}" if near else "check the path"
         problems.append(Problem((str(path),), "the config file does not exist", fix))
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(Problem((str(path),), f"the config file cannot be read: {error}", "check the path and its rights"))
+        problems.append(
+            Problem((str(path),), f"the config file cannot be read: {error}", "check the path and its rights")
+        )
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

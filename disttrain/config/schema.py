@@ -126,9 +126,9 @@ class TrainConfig(Section):
     steps: Positive | None = None
     """Stop after this many optimizer steps."""
     tokens: Positive | None = None
-    """Stop once this many tokens were seen, at the end of the step that reaches them."""
+    """Stop after the step that brings the run to this many tokens, padding included."""
     seconds: Annotated[float, Field(gt=0)] | None = None
-    """Stop after this many seconds of training, resumed time included."""
+    """Stop after this many seconds inside training steps, those before a resume included."""
     target_loss: Annotated[float, Field(gt=0)] | None = None
     """Stop when the held-out loss is at or below this many nats per target token."""
     global_batch_size: Positive = 32

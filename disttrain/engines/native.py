@@ -78,8 +78,8 @@ class NativeEngine:
         with nullcontext() if last else unsynchronised(self.module):
             with autocast(self.precision, self.device.type):
                 losses = self.module(batch, self.smoothing)
-            objective = sum(loss.sum / counts[name].clamp(min=1) for name, loss in losses.items())
-            (objective * self.scale.value if self.scale.dynamic else objective).backward()
+            means = [loss.sum / counts[name].clamp(min=1) for name, loss in losses.items()]
+            torch.stack(means).sum().mul(self.scale.value).backward()
         return {name: loss.sum.detach() for name, loss in losses.items()}
 
     def _unscale_and_clip(self) -> tuple[Tensor, bool]:
@@ -123,10 +123,10 @@ class NativeEngine:
 
     def load_state_dict(self, state: State) -> None:
         """Take over a saved state; hyper-parameters of the optimizer stay those of the config."""
-        kept: list[dict[str, Any]] = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        kept: list[dict[str, Any]] = [
+            {k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups
+        ]
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, kept, strict=True):
             group.update(values)
         self.scale = LossScale(**state["engine"]["loss_scale"])

@@ -27,7 +27,9 @@ class Traffic:
         return taken
 
 
-def all_reduce(tensor: Tensor, traffic: Traffic | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(
+    tensor: Tensor, traffic: Traffic | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
     """Reduce in place over the world and return the tensor."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=op)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.parallel.collectives import Traffic
@@ -41,7 +42,7 @@ def unsynchronised(module: nn.Module) -> AbstractContextManager:
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
-def _sum_bucket(traffic: Traffic, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_bucket(traffic: Traffic, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     traffic.add(bucket.buffer())
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]

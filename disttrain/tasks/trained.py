@@ -29,7 +29,9 @@ def load_trained(folder: Path) -> Trained:
     path, damaged = checkpoint.newest_good(folder / "checkpoints")
     if path is None or not (folder / "config.yaml").is_file():
         reason = f"no checkpoint can be used ({'; '.join(damaged)})" if damaged else "there is no checkpoint in it"
-        raise RefusedInput([Problem((f"run {folder}",), reason, "give the folder of a trained run, such as runs/gpt_tiny")])
+        raise RefusedInput(
+            [Problem((f"run {folder}",), reason, "give the folder of a trained run, such as runs/gpt_tiny")]
+        )
     config = load(folder / "config.yaml")
     model = build_model(config.model, config.run.seed, torch.float64 if config.precision == "fp64" else torch.float32)
     state = {"model": model.state_dict()}

@@ -155,7 +155,10 @@ def test_a_failing_disk_fails_every_rank_and_loses_nothing(saved: Path) -> None:
 
 def test_trainer_part_is_plain_json(saved: Path) -> None:
     trainer = json.loads((saved / "step_00000002" / "trainer.json").read_text())
-    assert trainer == {"step": 2, "engine": {"loss_scale": {"value": 1.0, "growth_interval": 0, "minimum": 1.0, "good_steps": 0}}}
+    assert trainer == {
+        "step": 2,
+        "engine": {"loss_scale": {"value": 1.0, "growth_interval": 0, "minimum": 1.0, "good_steps": 0}},
+    }
 
 
 def misfit(rank: int, path: Path) -> str:

@@ -53,7 +53,9 @@ def train(rank: int, config: Config, world: int, micro_batch: int) -> dict:
         result = engine.step(micro_batches, step, learning_rate=1e-2)
         losses = {name: float(loss.sum / loss.count) for name, loss in result.losses.items()}
         records.append({**losses, "norm": float(result.grad_norm), "tokens": int(result.tokens)})
-    evaluation = {k: float(v.sum / v.count) for k, v in engine.evaluate([global_batch(config.model.family, 99)]).items()}
+    evaluation = {
+        k: float(v.sum / v.count) for k, v in engine.evaluate([global_batch(config.model.family, 99)]).items()
+    }
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {"records": records, "weights": weights, "evaluation": evaluation, "traffic": engine.traffic()}
 
@@ -132,7 +134,12 @@ def overflow(rank: int, config: Config, world: int) -> dict:
     batch = {k: v[rank * share : (rank + 1) * share] for k, v in global_batch("gpt", 1).items()}
     result = engine.step([batch], 1, learning_rate=1e-2)
     same = all(torch.equal(before[n], p) for n, p in model.named_parameters())
-    return {"skipped": result.skipped, "unchanged": same, "scale": engine.scale.value, "state": len(engine.optimizer.state)}
+    return {
+        "skipped": result.skipped,
+        "unchanged": same,
+        "scale": engine.scale.value,
+        "state": len(engine.optimizer.state),
+    }
 
 
 def test_all_ranks_skip_together() -> None:

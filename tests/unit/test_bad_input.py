@@ -217,8 +217,14 @@ def test_all_problems_at_once_exit_2_and_nothing_written(folder: Path) -> None:
     (folder / "run.yaml").write_text(yaml.safe_dump(GOOD))
     words = ["model.heads=5", "data.path=nowhere", "train.micro_batch_size=3", "log.wandb_project=x"]
     before = sorted(p for p in folder.rglob("*"))
-    for command in (["check", "run.yaml", *words], ["train", "run.yaml", *words], ["train", "run.yaml", "--nproc", "2", *words]):
-        done = subprocess.run([sys.executable, "-m", "disttrain", *command], capture_output=True, text=True, check=False)
+    for command in (
+        ["check", "run.yaml", *words],
+        ["train", "run.yaml", *words],
+        ["train", "run.yaml", "--nproc", "2", *words],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "disttrain", *command], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 2, done.stderr
         assert "4 problems; nothing was started" in done.stderr
         assert "Traceback" not in done.stderr
@@ -228,18 +234,24 @@ def test_all_problems_at_once_exit_2_and_nothing_written(folder: Path) -> None:
 
 def test_missing_config_names_the_ones_there_are(folder: Path) -> None:
     (folder / "real.yaml").write_text("{}")
-    done = subprocess.run([sys.executable, "-m", "disttrain", "check", "reel.yaml"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "disttrain", "check", "reel.yaml"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "real.yaml" in done.stderr
 
 
 def test_usage_errors_exit_2(folder: Path) -> None:
     for command in (["train"], ["nonsense"], ["check", "run.yaml", "--world-size", "0"]):
-        done = subprocess.run([sys.executable, "-m", "disttrain", *command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "disttrain", *command], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
 
 
 def test_schema_is_json(folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "disttrain", "schema", "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "disttrain", "schema", "--json"], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout)["properties"]["train"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from disttrain import capabilities
 from disttrain.config.checks import given, total_steps, validate
 from disttrain.config.load import all_keys, dump, load, nearest, with_values
 from disttrain.config.problems import RefusedInput
@@ -15,7 +16,7 @@ data.sequence_length train.steps train.global_batch_size train.micro_batch_size 
 train.label_smoothing optim.name optim.lr optim.weight_decay optim.schedule optim.warmup_steps precision engine
 parallel.tensor parallel.sequence parallel.pipeline parallel.schedule parallel.context parallel.zero
 parallel.replicate parallel.recompute compression.codec checkpoint.every checkpoint.keep checkpoint.resume log.wandb
-log.tensorboard""".split()
+log.tensorboard""".split()  # noqa: SIM905
 
 
 def write(folder: Path, text: str) -> Path:
@@ -38,7 +39,9 @@ def test_every_setting_says_what_it_is() -> None:
 
 def test_overrides_win_and_values_are_yaml(tmp_path: Path) -> None:
     path = write(tmp_path, "train: {steps: 5}\noptim: {lr: 1e-3}\n")
-    config = load(path, ["train.steps=7", "optim.lr=3e-4", "log.wandb=true", "data.path=[a, b]", "train.clip_grad_norm=null"])
+    config = load(
+        path, ["train.steps=7", "optim.lr=3e-4", "log.wandb=true", "data.path=[a, b]", "train.clip_grad_norm=null"]
+    )
     assert (config.train.steps, config.optim.lr, config.log.wandb) == (7, 3e-4, True)
     assert config.data.path == ["a", "b"]
     assert config.train.clip_grad_norm is None
@@ -68,10 +71,17 @@ def test_dump_round_trip(tmp_path: Path) -> None:
     assert again.model_dump() == config.model_dump()
 
 
+def test_a_saved_config_starts_the_same_run(tmp_path: Path) -> None:
+    """config.yaml writes every default out, and none of them may count as a setting without effect."""
+    saved = write(tmp_path, dump(load(write(tmp_path, "train: {steps: 5}\n"))))
+    assert validate(load(saved), 1) == capabilities.missing(load(saved)) == []
+
+
 def test_with_values_keeps_what_was_given(tmp_path: Path) -> None:
     config = with_values(load(write(tmp_path, "train: {steps: 5}\n")), {"model.vocab_size": 9, "precision": "fp64"})
     assert (config.model.vocab_size, config.precision) == (9, "fp64")
     assert given(config, "train.steps")
+    assert given(config, "model.vocab_size")
     assert not given(config, "optim.min_lr_ratio")
 
 

@@ -39,7 +39,9 @@ def test_what_is_left_is_data_parallel(parallel: dict, world: int, expected: tup
     assert build_mesh(ParallelConfig(**parallel), world).sizes == expected
 
 
-@pytest.mark.parametrize(("parallel", "world"), [({"tensor": 3}, 4), ({"tensor": 8}, 4), ({"zero": 3, "replicate": 3}, 4)])
+@pytest.mark.parametrize(
+    ("parallel", "world"), [({"tensor": 3}, 4), ({"tensor": 8}, 4), ({"zero": 3, "replicate": 3}, 4)]
+)
 def test_sizes_that_do_not_divide(parallel: dict, world: int) -> None:
     with pytest.raises(ValueError, match="do not divide"):
         build_mesh(ParallelConfig(**parallel), world)

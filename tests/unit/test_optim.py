@@ -21,7 +21,10 @@ def rates(steps: int = 10, **values) -> list[float]:
         ({"schedule": "constant"}, [1] * 10),
         ({"schedule": "constant", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
         ({"schedule": "linear", "min_lr_ratio": 0.0}, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]),
-        ({"schedule": "linear", "min_lr_ratio": 0.5, "warmup_steps": 5}, [0.2, 0.4, 0.6, 0.8, 1, 0.9, 0.8, 0.7, 0.6, 0.5]),
+        (
+            {"schedule": "linear", "min_lr_ratio": 0.5, "warmup_steps": 5},
+            [0.2, 0.4, 0.6, 0.8, 1, 0.9, 0.8, 0.7, 0.6, 0.5],
+        ),
         ({"schedule": "wsd", "min_lr_ratio": 0.0, "decay_fraction": 0.4}, [1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]),
         ({"schedule": "inverse_sqrt", "warmup_steps": 4}, [0.25, 0.5, 0.75] + [math.sqrt(4 / s) for s in range(4, 11)]),
     ],
@@ -53,7 +56,9 @@ def test_only_matrices_decay() -> None:
         assert decay[id(parameter)] == (0.3 if parameter.ndim == 2 else 0.0)
 
 
-@pytest.mark.parametrize(("implementation", "fused", "foreach"), [("auto", True, None), ("fused", True, None), ("foreach", False, True)])
+@pytest.mark.parametrize(
+    ("implementation", "fused", "foreach"), [("auto", True, None), ("fused", True, None), ("foreach", False, True)]
+)
 def test_kernels_agree(implementation: str, fused: bool, foreach: bool | None) -> None:
     weights = []
     for kind in (implementation, "foreach"):
