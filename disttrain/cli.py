@@ -182,13 +182,10 @@ def _explain(error: Exception) -> int:
 
 def _explain_failure(error: Exception) -> int:
     """Expected failures in one line; anything else keeps its traceback, since it is our mistake."""
-    import click
-
-    if isinstance(error, click.ClickException):
-        error.show()
-        return error.exit_code
-    if isinstance(error, click.exceptions.Abort):
-        return 130
+    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if callable(show) and isinstance(code, int):  # a usage error of the command line, which typer knows how to show
+        show()
+        return code
     if isinstance(error, RuntimeError | OSError | FloatingPointError) and type(error).__module__.startswith(
         "disttrain"
     ):
@@ -197,7 +194,8 @@ def _explain_failure(error: Exception) -> int:
     import logging
     import traceback
 
-    logging.getLogger("disttrain").error("failed", exc_info=error)
+    if logging.getLogger().handlers:
+        logging.getLogger("disttrain").error("failed", exc_info=error)
     traceback.print_exception(error)
     return 1
 

@@ -1,7 +1,9 @@
 """One rank's whole life in a run: prepare, assemble, train, report. Every outcome has an exit code (design, section 1)."""
 
 import fcntl
+import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -52,8 +54,8 @@ def _train(session: Session, folder: Path, interruption: Interruption) -> str:
     if not first:
         return train_from_checkpoint(session, Recorder(session, None), interruption)
     checkpoint.clean(folder / "checkpoints")
-    _write_config(session.config, folder)
-    began_before = (folder / "metrics.jsonl").exists()
+    write_atomically(folder / "config.yaml", dump(session.config))
+    began_before = (folder / "metrics.jsonl").exists() and session.config.checkpoint.resume != "never"
     resumed = checkpoint.step_of(start) if start else 0 if began_before else None
     loggers = open_loggers(session.config, folder, header(session, resumed), resumed)
     try:
@@ -70,9 +72,14 @@ def train_from_checkpoint(session: Session, recorder: Recorder, interruption: In
 
 
 def show(folder: Path) -> None:
-    """Draw the loss curve of a finished run and print its summary."""
+    """Draw the loss curve of a run, write summary.json and print the summary. Raises RefusedInput for an empty run."""
     finished = report.read_run(folder)
-    report.loss_curve(finished, folder / "loss_curve.png")
+    if not finished.steps:
+        raise RefusedInput([Problem((f"run {folder}",), "no step was recorded yet", "train it for at least one step")])
+    if any(math.isfinite(step["loss"]) for step in finished.steps):
+        report.loss_curve(finished, folder / "loss_curve.png")
+    if finished.summary:
+        write_atomically(folder / "summary.json", json.dumps(finished.summary, indent=1))
     Console().print(report.summary_table(finished))
 
 
@@ -102,7 +109,8 @@ def log_to(path: Path) -> None:
     logging.info("started: %s", " ".join(sys.argv))
 
 
-def _write_config(config: Config, folder: Path) -> None:
-    part = folder / "config.yaml.part"
-    part.write_text(dump(config))
-    part.replace(folder / "config.yaml")
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file at once, so that a crash leaves the old or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)

@@ -123,7 +123,7 @@ CONTRADICTIONS: list[tuple[str, list[str], int, list[str], str]] = [
     ("resume path", ["checkpoint.resume=no/such/step_00000001"], 1, ["checkpoint.resume=no/such/step_00000001"], "auto"),
     ("no corpus", ["data.corpus=null", "data.path=null"], 1, ["data.corpus"], ""),
     ("missing path", ["data.path=nowhere"], 1, ["data.path=nowhere"], ""),
-    ("no path", ["data.path=null"], 1, ["data.corpus=text"], "data.path"),
+    ("no path", ["data.path=null"], 1, ["data.corpus=text"], "path"),
     ("glob without match", ["data.path=corpus/*.nothing"], 1, ["data.path=corpus/*.nothing"], ""),
     ("path of python-docs", ["data.corpus=python-docs"], 1, ["data.path=corpus"], ""),
     ("corpus and blend", ["data.blend=[{corpus: text, path: corpus, weight: 1}]"], 1, ["data.blend"], ""),
@@ -131,7 +131,7 @@ CONTRADICTIONS: list[tuple[str, list[str], int, list[str], str]] = [
     ("gpt2 without files", ["data.tokenizer=gpt2"], 1, ["data.tokenizer=gpt2"], "tokenizer_path"),
     ("bert without files", ["data.tokenizer=bert", "data.tokenizer_path=corpus"], 1, ["data.tokenizer"], ""),
     ("bytes need no path", ["data.tokenizer_path=corpus"], 1, ["data.tokenizer_path=corpus"], ""),
-    ("lowercase bytes", ["data.lowercase=true"], 1, ["data.lowercase=true"], ""),
+    ("lowercase bytes", ["data.lowercase=true"], 1, ["data.lowercase="], ""),
     ("masking in a gpt", ["data.mlm_probability=0.2"], 1, ["data.mlm_probability=0.2"], ""),
     ("hf_config without hf", ["data.hf_config=x"], 1, ["data.hf_config=x"], ""),
 ]  # fmt: skip
