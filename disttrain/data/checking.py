@@ -11,11 +11,11 @@ from disttrain.config.schema import Config, DataConfig
 from disttrain.data import hub
 from disttrain.data.files import disk_full
 from disttrain.data.items import expand
+from disttrain.data.matching import blend_problems, token_problems, tokenizer_problems, vocabulary_problems
 from disttrain.data.order import quotas
-from disttrain.data.preparation import token_problems, vocabulary_problems
 from disttrain.data.shards import read_index
 from disttrain.data.sources import Source, configured_sources, held_out_source, text_source
-from disttrain.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer_json, missing_specials
+from disttrain.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer_json
 from disttrain.data.vocabulary import TRAINED, reads_tokenizer_json, smallest_vocabulary, tokenizer_json
 
 
@@ -142,13 +142,14 @@ def _lowercase_applies(data: DataConfig) -> bool:
 
 def _tokenizer(config: Config) -> list[Problem]:
     """Vocabulary files, special tokens and sizes."""
-    data, family = config.data, config.model.family
+    data = config.data
     prepared = [source for source in configured_sources(data) if source.corpus == "tokens"]
     if prepared:
         try:
-            return vocabulary_problems(config, read_index(Path(str(prepared[0].path)).expanduser()).vocab_size)
+            indexes = [read_index(Path(str(source.path)).expanduser()) for source in prepared]
         except RefusedInput:  # said with the sources
             return []
+        return [*blend_problems(indexes), *vocabulary_problems(config, indexes[0].vocab_size)]
     if data.tokenizer in TRAINED:
         smallest = smallest_vocabulary(data.tokenizer)
         if data.tokenizer_vocab_size < smallest:
@@ -161,12 +162,7 @@ def _tokenizer(config: Config) -> list[Problem]:
         tokenizer = _loaded(data)
     except RefusedInput as refused:
         return refused.problems
-    problems = vocabulary_problems(config, tokenizer.vocab_size)
-    if missing := missing_specials(tokenizer, family):
-        problems.append(Problem((f"data.tokenizer={data.tokenizer}", f"model.family={family}"),
-                                f"the vocabulary has no token for {', '.join(missing)}",
-                                "use bytes, bpe or wordpiece, or another vocabulary"))  # fmt: skip
-    return problems
+    return tokenizer_problems(config, tokenizer, data.tokenizer)
 
 
 def _loaded(data: DataConfig) -> Tokenizer:
@@ -183,7 +179,7 @@ def _cache(config: Config) -> Iterator[Problem]:
         yield Problem((f"data.cache_dir={config.data.cache_dir}",), f"{place} is no folder that can be written",
                       "give another data.cache_dir")  # fmt: skip
         return
-    text = sum(source.bytes() or 0 for source in _text_sources(config.data))
+    text = sum(source.text_bytes() or 0 for source in _text_sources(config.data))
     # bytes: one 2-byte token each; other vocabularies give a token for three to five bytes of prose, two for code
     needed = 2 * text if config.data.tokenizer == "bytes" else text
     if needed > shutil.disk_usage(place).free and not (cache / "tokens").is_dir():
@@ -202,7 +198,7 @@ def _size(config: Config) -> Iterator[Problem]:
     needed = data.sequence_length + 1 if config.model.family == "gpt" else 1
     own = held_out_source(data)
     for source in _text_sources(data):
-        total = source.bytes()
+        total = source.text_bytes()
         if total is None:
             continue
         least = needed if own else needed / min(data.held_out_fraction, 1 - data.held_out_fraction)

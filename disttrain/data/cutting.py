@@ -58,6 +58,8 @@ def pieces_of(data: bytes, longest: int, starts: bool = True, ends: bool = True)
     start = 0
     while len(data) - start > longest:
         stop = start + cut_point(data[start : start + longest + 4], longest)
+        if stop == len(data):  # the last character alone is longer
+            break
         yield Piece(data[start:stop], starts and start == 0, False)
         start = stop
     if start < len(data):

@@ -41,7 +41,7 @@ def encode_item(item: Item, key: str, folder: Path, unit: Unit, dtype: str) -> d
     """
     tokenizer = _load(folder / TOKENIZER)
     found = pieces(item)
-    held_out = held_out_pieces(found, item.number, item.bytes, item.held_out_fraction)
+    held_out = held_out_pieces(found, item.number, item.text_bytes, item.held_out_fraction)
     build = _sentence_arrays if unit == "sentence" else _document_arrays
     arrays = build(found, held_out, tokenizer)
     content = pack(arrays, dtype)
@@ -51,7 +51,7 @@ def encode_item(item: Item, key: str, folder: Path, unit: Unit, dtype: str) -> d
         "key": key,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
-        "text_bytes": item.bytes,
+        "text_bytes": item.text_bytes,
         **{split: {name: len(arrays[split][name]) for name in ARRAYS} for split in SPLITS},
     }
     write_atomically(folder / name, content)

@@ -41,7 +41,7 @@ class Item:
     """About ITEM_BYTES of text: ranges of files, or documents already in memory (python-docs, hf)."""
 
     number: int
-    bytes: int
+    text_bytes: int
     held_out_fraction: float
     """1.0: everything is held out."""
     input: str
@@ -183,7 +183,7 @@ def _boundary(path: Path, target: int, size: int, document: Document) -> int:
 
 def pieces(item: Item) -> list[Piece]:
     """The item's text in order, cut to sections. Raises RefusedInput for text that is not what the settings say."""
-    longest = section_bytes(item.bytes, item.held_out_fraction)
+    longest = section_bytes(item.text_bytes, item.held_out_fraction)
     if item.documents:
         return [piece for document in item.documents for piece in pieces_of(document, longest)]
     found: list[Piece] = []

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.config.checks import given
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config, DataConfig
 from disttrain.data.encode import complete_sidecar, encode_item
 from disttrain.data.files import fingerprint, one_writer, remove_temporary, sha256_file, write_atomically
 from disttrain.data.items import Item
+from disttrain.data.matching import blend_problems, token_problems, tokenizer_problems
 from disttrain.data.shards import (
     INDEX,
     SPLITS,
@@ -33,7 +33,7 @@ from disttrain.data.sources import (
     text_source,
     training_sample,
 )
-from disttrain.data.tokenizer import byte_tokenizer_json, load_tokenizer, missing_specials
+from disttrain.data.tokenizer import byte_tokenizer_json, load_tokenizer
 from disttrain.data.vocabulary import TRAINED, tokenizer_json, train
 from disttrain.data.workers import Call, run_calls
 
@@ -81,8 +81,8 @@ class _Recipe:
         sources = [source and source.identity() for source in (self.train, self.held_out)]
         return fingerprint([VERSION, sources, self.fraction, sha256_file(self.tokenizer), self.unit])
 
-    def bytes(self) -> int:
-        sizes = [source.bytes() for source in (self.train, self.held_out) if source]
+    def text_bytes(self) -> int:
+        sizes = [source.text_bytes() for source in (self.train, self.held_out) if source]
         return 0 if None in sizes else sum(size for size in sizes if size)
 
 
@@ -115,7 +115,7 @@ def prepare(config: Config, report: Report | None = None) -> Prepared:
         folder = _make(recipe, cache / "tokens" / recipe.identity(), _workers(data), report).folder
         held_out_sets.append((folder, 1.0))
     prepared = Prepared(tokenizer, name, tuple(train_sets), tuple(held_out_sets or train_sets))
-    _refuse(_after_problems(config, prepared))
+    _refuse(_misfits(config, prepared))
     return prepared
 
 
@@ -141,7 +141,7 @@ def prepare_folder(config: Config, out: str | Path, report: Report | None = None
     recipe = _Recipe(text_source(data, 0), own, 0.0 if own else data.held_out_fraction, tokenizer, name, unit)
     _make(recipe, out, _workers(data), report)
     folder = ((out, 1.0),)
-    _refuse(_after_problems(config, Prepared(out / TOKENIZER, name, folder, folder)))
+    _refuse(_misfits(config, Prepared(out / TOKENIZER, name, folder, folder)))
     return out
 
 
@@ -185,32 +185,11 @@ def _open_tokens(config: Config, path: str, cache: Path, report: Report) -> Inde
     return index
 
 
-def token_problems(config: Config, index: Index) -> list[Problem]:
-    """Why prepared tokens do not serve this config: damage that sizes show, another tokenizer, another unit."""
-    where = f"data.path={index.folder}"
-    problems = shard_problems(index, checksums=False)
-    if given(config, "data.tokenizer") and config.data.tokenizer != index.tokenizer:
-        problems.append(Problem((f"data.tokenizer={config.data.tokenizer}", where),
-                                f"the tokens were made with the tokenizer {index.tokenizer}",
-                                f"remove data.tokenizer, or set it to {index.tokenizer}"))  # fmt: skip
-    family = config.model.family
-    if family == "bert" and index.unit != "sentence":
-        problems.append(Problem(("model.family=bert", where), "the tokens were prepared without sentence boundaries",
-                                "prepare them again from a config with model.family=bert"))  # fmt: skip
-    if family == "gpt" and index.unit != "document":
-        problems.append(Problem(("model.family=gpt", where),
-                                "the tokens were prepared as BERT's sentences, without white space or end-of-text",
-                                "prepare them again from a config with model.family=gpt"))  # fmt: skip
-    return problems
-
-
 def _tokenizer(data: DataConfig, ready: dict[int, Index], cache: Path, report: Report) -> tuple[Path, str]:
     """The tokenizer.json of this config and its name: of the prepared tokens, loaded, or trained."""
     if ready:
         first = next(iter(ready.values()))
-        odd = [index for index in ready.values() if index.tokenizer_sha256 != first.tokenizer_sha256]
-        _refuse([Problem((f"path={first.folder}", f"path={other.folder}"), "the tokens have different tokenizers",
-                         "prepare both with the same tokenizer.json") for other in odd])  # fmt: skip
+        _refuse(blend_problems(list(ready.values())))
         return first.folder / TOKENIZER, first.tokenizer
     if data.tokenizer not in TRAINED:
         content = tokenizer_json(data)
@@ -275,7 +254,7 @@ def _encode_all(recipe: _Recipe, identity: str, folder: Path, dtype: str, worker
     """Make every shard that is not there yet; the sidecars of all, in order."""
     shards: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    done, total = 0, recipe.bytes()
+    done, total = 0, recipe.text_bytes()
 
     def calls() -> Iterator[Call]:
         for item in recipe.items():
@@ -299,14 +278,9 @@ def _encode_all(recipe: _Recipe, identity: str, folder: Path, dtype: str, worker
     return sorted(skipped + shards, key=lambda shard: (len(shard["file"]), shard["file"]))
 
 
-def _after_problems(config: Config, prepared: Prepared) -> list[Problem]:
-    """What only the prepared data shows: too little of it, a vocabulary that does not fit the model."""
-    tokenizer = load_tokenizer(prepared.tokenizer)
-    problems = vocabulary_problems(config, tokenizer.vocab_size)
-    if missing := missing_specials(tokenizer, config.model.family):
-        problems.append(Problem((f"data.tokenizer={prepared.tokenizer_name}", f"model.family={config.model.family}"),
-                                f"the vocabulary has no token for {', '.join(missing)}",
-                                "use bytes, bpe or wordpiece, or another vocabulary"))  # fmt: skip
+def _misfits(config: Config, prepared: Prepared) -> list[Problem]:
+    """What only the prepared data shows: a vocabulary that does not fit the model, too little text."""
+    problems = tokenizer_problems(config, load_tokenizer(prepared.tokenizer), prepared.tokenizer_name)
     length = config.data.sequence_length
     needed = length + 1 if config.model.family == "gpt" else 1
     for split, sets in zip(SPLITS, (prepared.train, prepared.held_out), strict=True):
@@ -317,13 +291,3 @@ def _after_problems(config: Config, prepared: Prepared) -> list[Problem]:
                 problems.append(Problem((f"data.sequence_length={length}", f"{tokens:,} {split} tokens"), message,
                                         "give more text, shorter sequences, or other held-out text"))  # fmt: skip
     return problems
-
-
-def vocabulary_problems(config: Config, vocab_size: int) -> list[Problem]:
-    """A tokenizer with more entries than the model has rows."""
-    rows = config.model.vocab_size
-    if rows is None or vocab_size <= rows:
-        return []
-    return [Problem((f"model.vocab_size={rows}", f"data.tokenizer={config.data.tokenizer}"),
-                    f"the tokenizer has {vocab_size:,} entries, more than the model has rows",
-                    f"set model.vocab_size={vocab_size} or leave it out")]  # fmt: skip

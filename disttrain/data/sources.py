@@ -62,7 +62,7 @@ class Source:
             return ["hf", str(self.path), data.hf_config, data.hf_split, data.text_field, limit, local]
         return ["python-docs", sys.version, limit, [_stat(f) for f in python_docs.source_files()]]
 
-    def bytes(self) -> int | None:
+    def text_bytes(self) -> int | None:
         """Bytes of text, about (files as they are on disk); None when only reading tells."""
         limit = self.data.max_bytes if self.setting != "data.held_out_path" else None
         if self.corpus == "hf":
@@ -109,12 +109,12 @@ def training_sample(source: Source, fraction: float, budget: int) -> list[str]:
         chosen = listed[:: -(-len(listed) // _SAMPLED_ITEMS)] if listed else []
     else:
         chosen = list(itertools.islice(items, _SAMPLED_ITEMS))
-    total = sum(item.bytes for item in chosen)
+    total = sum(item.text_bytes for item in chosen)
     stride = max(1, -(-total // budget))
     texts = []
     for item in chosen:
         found = pieces(item)
-        held_out = held_out_pieces(found, item.number, item.bytes, fraction)
+        held_out = held_out_pieces(found, item.number, item.text_bytes, fraction)
         training = [piece for piece, held in zip(found, held_out, strict=True) if not held]
         texts += [piece.data.decode() for piece in training[::stride]]
     return texts

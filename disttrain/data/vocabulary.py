@@ -1,5 +1,6 @@
 """Where a tokenizer comes from: local vocabulary files, a Hugging Face name, or training on the corpus."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from disttrain.data.tokenizer import TRAINED_SPECIALS, byte_tokenizer_json
 TRAINED = ("bpe", "wordpiece")
 
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_CHARACTERS = 1000
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _GPT2_WANTED = "encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json"
 _BERT_WANTED = "vocab.txt, one *-vocab.txt, or tokenizer.json"
@@ -155,31 +157,52 @@ def smallest_vocabulary(kind: str) -> int:
 def train(kind: str, texts: list[str], vocab_size: int, lowercase: bool) -> bytes:
     """Train a vocabulary and give its tokenizer.json. The same texts in the same order give the same bytes.
 
-    bpe: byte-level (Sennrich et al. 2016; Radford et al. 2019), special tokens first. wordpiece: BERT's form.
+    bpe: byte-level (Sennrich et al. 2016; Radford et al. 2019). wordpiece: BERT's form, of the most frequent
+    characters (1,000, or a quarter of the vocabulary). Special tokens come first.
     """
+    library = _train_bpe(texts, vocab_size) if kind == "bpe" else _train_wordpiece(texts, vocab_size, lowercase)
+    return library.to_str().encode()
+
+
+def _train_bpe(texts: list[str], vocab_size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if kind == "bpe":
-        library = Tokenizer(models.BPE())
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        library.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            show_progress=False,
-            special_tokens=list(TRAINED_SPECIALS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )
-    else:
-        library = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        _dress_as_bert(library, lowercase)
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=list(_BERT_SPECIALS)
-        )
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False,
+                                  special_tokens=list(TRAINED_SPECIALS),
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    library.train_from_iterator(_batches(texts), trainer)
+    return library
 
-    def batches() -> Iterator[list[str]]:
-        for start in range(0, len(texts), 64):
-            yield texts[start : start + 64]
 
-    library.train_from_iterator(batches(), trainer)
-    return library.to_str().encode()
+def _train_wordpiece(texts: list[str], vocab_size: int, lowercase: bool) -> Any:
+    """The package numbers the characters inside words in the order of a hash table, and breaks ties by number: two
+    trainings differ. So a first, empty training finds these characters, and the second gets them sorted."""
+    from tokenizers import Tokenizer, models, trainers
+
+    library = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    _dress_as_bert(library, lowercase)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(library.normalizer.normalize_str(text))  # pyright: ignore[reportOptionalMemberAccess]
+    characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    characters = characters[: min(_CHARACTERS, vocab_size // 4)]  # each may come twice, alone and inside a word
+    words = list(_BERT_SPECIALS)
+    for size in (1, vocab_size):
+        trainer = trainers.WordPieceTrainer(vocab_size=size, min_frequency=2, show_progress=False,
+                                            special_tokens=words, initial_alphabet=characters,
+                                            limit_alphabet=len(characters))  # fmt: skip
+        library.train_from_iterator(_batches(texts), trainer)
+        vocabulary = library.get_vocab(with_added_tokens=False)
+        words += sorted(word for word in vocabulary if word.startswith("##") and len(word) == 3)
+    trained = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # without the characters as added tokens
+    _dress_as_bert(trained, lowercase)
+    trained.add_special_tokens(list(_BERT_SPECIALS))
+    return trained
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(texts), 64):
+        yield texts[start : start + 64]

@@ -170,7 +170,7 @@ def test_tokens_are_read_across_shards(config, tmp_path, monkeypatch):
     assert len(read_index(prepared.train[0][0]).shards) > 5
     data = open_data(settings, prepared)
     end = data.tokenizer.end_of_text
-    expected = np.concatenate([np.append(data.tokenizer.encode(text), end) for text in texts])
+    expected = np.concatenate([[*data.tokenizer.encode(text), end] for text in texts])
     assert np.array_equal(tokens_of(prepared.train, "train"), expected)
     rows = data.train_batch(0, data.train_sequences)["tokens"]
     expected = expected[: rows.size].reshape(rows.shape)
