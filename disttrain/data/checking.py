@@ -13,6 +13,7 @@ from disttrain.data.files import disk_full
 from disttrain.data.items import expand
 from disttrain.data.matching import blend_problems, token_problems, tokenizer_problems, vocabulary_problems
 from disttrain.data.order import quotas
+from disttrain.data.preparation import bytes_to_write
 from disttrain.data.shards import read_index
 from disttrain.data.sources import Source, configured_sources, held_out_source, text_source
 from disttrain.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer_json
@@ -179,11 +180,10 @@ def _cache(config: Config) -> Iterator[Problem]:
         yield Problem((f"data.cache_dir={config.data.cache_dir}",), f"{place} is no folder that can be written",
                       "give another data.cache_dir")  # fmt: skip
         return
-    text = sum(source.text_bytes() or 0 for source in _text_sources(config.data))
-    # bytes: one 2-byte token each; other vocabularies give a token for three to five bytes of prose, two for code
-    needed = 2 * text if config.data.tokenizer == "bytes" else text
-    if needed > shutil.disk_usage(place).free and not (cache / "tokens").is_dir():
-        yield disk_full(place, needed)
+    if all(source.corpus != "tokens" for source in configured_sources(config.data)):
+        needed = bytes_to_write(config)
+        if needed > shutil.disk_usage(place).free:
+            yield disk_full(place, needed)
 
 
 def _text_sources(data: DataConfig) -> list[Source]:

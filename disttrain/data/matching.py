@@ -3,7 +3,8 @@
 from disttrain.config.checks import given
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
-from disttrain.data.shards import Index, shard_problems
+from disttrain.data.files import sha256_file
+from disttrain.data.shards import TOKENIZER, Index, shard_problems
 from disttrain.data.tokenizer import Tokenizer, missing_specials
 
 
@@ -11,6 +12,10 @@ def token_problems(config: Config, index: Index) -> list[Problem]:
     """Why prepared tokens do not serve this config: damage that sizes show, another tokenizer, another unit."""
     where = f"data.path={index.folder}"
     problems = shard_problems(index, checksums=False)
+    vocabulary = index.folder / TOKENIZER
+    if not vocabulary.is_file() or sha256_file(vocabulary) != index.tokenizer_sha256:
+        problems.append(Problem((f"data.path={vocabulary}",), "the tokenizer of the tokens is missing or was changed",
+                                "copy the folder again, or prepare the data again"))  # fmt: skip
     if given(config, "data.tokenizer") and config.data.tokenizer != index.tokenizer:
         problems.append(Problem((f"data.tokenizer={config.data.tokenizer}", where),
                                 f"the tokens were made with the tokenizer {index.tokenizer}",

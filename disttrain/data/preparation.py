@@ -43,6 +43,8 @@ Report = Callable[[int, int, str], None]
 MOST_WORKERS = 8
 """Default limit of data.workers: each takes about 100 MB."""
 
+_OWN_HELD_OUT = -1
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -93,30 +95,36 @@ def prepare(config: Config, report: Report | None = None) -> Prepared:
     Raises RefusedInput for what the user can mend: unreadable input, too little text, a full disk. Interrupted, it
     leaves complete shards only, and goes on from them next time.
     """
-    data, cache = config.data, Path(config.data.cache_dir).expanduser()
+    data, cache = config.data, _cache(config)
     report = report or _silent
     sources = configured_sources(data)
     ready = {i: _open_tokens(config, str(s.path), cache, report) for i, s in enumerate(sources) if s.corpus == "tokens"}
     tokenizer, name = _tokenizer(data, ready, cache, report)
-    unit: Unit = "sentence" if config.model.family == "bert" else "document"
-    own = held_out_source(data)
-    alone = len(sources) == 1 and not ready
-    train_sets, held_out_sets = [], []
-    for number, source in enumerate(sources):
-        if number in ready:
-            folder = ready[number].folder
-        else:
-            recipe = _Recipe(text_source(data, number), own if alone else None,
-                             0.0 if own else data.held_out_fraction, tokenizer, name, unit)  # fmt: skip
-            folder = _make(recipe, cache / "tokens" / recipe.identity(), _workers(data), report).folder
-        train_sets.append((folder, source.weight))
-    if own and not alone:
-        recipe = _Recipe(None, own, 0.0, tokenizer, name, unit)
-        folder = _make(recipe, cache / "tokens" / recipe.identity(), _workers(data), report).folder
-        held_out_sets.append((folder, 1.0))
-    prepared = Prepared(tokenizer, name, tuple(train_sets), tuple(held_out_sets or train_sets))
+    folders = {number: index.folder for number, index in ready.items()}
+    for number, recipe in _recipes(config, tokenizer, name).items():
+        folders[number] = _make(recipe, cache / "tokens" / recipe.identity(), _workers(data), report).folder
+    train_sets = tuple((folders[number], source.weight) for number, source in enumerate(sources))
+    own = folders.get(_OWN_HELD_OUT)
+    prepared = Prepared(tokenizer, name, train_sets, ((own, 1.0),) if own else train_sets)
     _refuse(_misfits(config, prepared))
     return prepared
+
+
+def bytes_to_write(config: Config) -> int:
+    """Bytes of tokens that `prepare` has yet to write, about; 0 when all is there. Writes nothing.
+
+    A byte tokenizer's tokens take 2 bytes for each byte of text. Other vocabularies give one token of 2 or 4 bytes
+    for 2 (code) to 5 (prose) bytes of text: counted as 1 byte for each. Unknown sizes (hf) count as nothing.
+    """
+    data, cache = config.data, _cache(config)
+    tokenizer = _tokenizer_home(data, cache) / TOKENIZER
+    total = 0
+    for recipe in _recipes(config, tokenizer, data.tokenizer).values():
+        folder = cache / "tokens" / recipe.identity() if tokenizer.exists() else None
+        if folder is None or _complete(folder, folder.name) is None:
+            there = sum(file.stat().st_size for file in folder.glob("shard_*")) if folder else 0
+            total += max(0, recipe.text_bytes() * (2 if data.tokenizer == "bytes" else 1) - there)
+    return total
 
 
 def prepare_folder(config: Config, out: str | Path, report: Report | None = None) -> Path:
@@ -124,7 +132,7 @@ def prepare_folder(config: Config, out: str | Path, report: Report | None = None
 
     The folder gets the tokenizer too. Raises RefusedInput as `prepare` does, and when the folder holds other things.
     """
-    data, cache, out = config.data, Path(config.data.cache_dir).expanduser(), Path(out).expanduser()
+    data, cache, out = config.data, _cache(config), Path(out).expanduser().absolute()
     sources = configured_sources(data)
     if len(sources) != 1 or sources[0].corpus == "tokens":
         _refuse([Problem(("data.blend",) if len(sources) != 1 else ("data.corpus=tokens",),
@@ -136,9 +144,7 @@ def prepare_folder(config: Config, out: str | Path, report: Report | None = None
                          "give a new or empty folder")])  # fmt: skip
     report = report or _silent
     tokenizer, name = _tokenizer(data, {}, cache, report)
-    own = held_out_source(data)
-    unit: Unit = "sentence" if config.model.family == "bert" else "document"
-    recipe = _Recipe(text_source(data, 0), own, 0.0 if own else data.held_out_fraction, tokenizer, name, unit)
+    recipe = _recipes(config, tokenizer, name)[0]
     _make(recipe, out, _workers(data), report)
     folder = ((out, 1.0),)
     _refuse(_misfits(config, Prepared(out / TOKENIZER, name, folder, folder)))
@@ -151,6 +157,26 @@ def verify(folder: str | Path) -> list[Problem]:
         return shard_problems(read_index(Path(folder).expanduser()), checksums=True)
     except RefusedInput as refused:
         return refused.problems
+
+
+def _cache(config: Config) -> Path:
+    return Path(config.data.cache_dir).expanduser().absolute()
+
+
+def _recipes(config: Config, tokenizer: Path, name: str) -> dict[int, _Recipe]:
+    """What there is to tokenize, by the number of the source. Own held-out files join the one source that there is;
+    beside a blend or prepared tokens they are a set of their own, number _OWN_HELD_OUT."""
+    data, own = config.data, held_out_source(config.data)
+    unit: Unit = "sentence" if config.model.family == "bert" else "document"
+    fraction = 0.0 if own else data.held_out_fraction
+    sources = configured_sources(data)
+    texts = [number for number, source in enumerate(sources) if source.corpus != "tokens"]
+    joined = own is not None and len(sources) == 1 and texts == [0]
+    recipes = {number: _Recipe(text_source(data, number), own if joined else None, fraction, tokenizer, name, unit)
+               for number in texts}  # fmt: skip
+    if own and not joined:
+        recipes[_OWN_HELD_OUT] = _Recipe(None, own, fraction, tokenizer, name, unit)
+    return recipes
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -173,10 +199,10 @@ def _workers(data: DataConfig) -> int:
 
 def _open_tokens(config: Config, path: str, cache: Path, report: Report) -> Index:
     """A user's folder of tokens, sizes checked always and checksums once per state of its files."""
-    index = read_index(Path(path).expanduser())
+    index = read_index(Path(path).expanduser().absolute())
     _refuse(token_problems(config, index))
     stats = [(shard["file"], (index.folder / shard["file"]).stat().st_mtime_ns) for shard in index.shards]
-    stamp = cache / "verified" / fingerprint([str(index.folder.absolute()), sha256_file(index.folder / INDEX), stats])
+    stamp = cache / "verified" / fingerprint([str(index.folder), sha256_file(index.folder / INDEX), stats])
     if not stamp.exists():
         report(0, 0, f"verifying {path}")
         _refuse(shard_problems(index, checksums=True))
@@ -191,26 +217,36 @@ def _tokenizer(data: DataConfig, ready: dict[int, Index], cache: Path, report: R
         first = next(iter(ready.values()))
         _refuse(blend_problems(list(ready.values())))
         return first.folder / TOKENIZER, first.tokenizer
-    if data.tokenizer not in TRAINED:
-        content = tokenizer_json(data)
-        folder = cache / "tokenizers" / fingerprint([data.tokenizer, content.decode()])
-        if not (folder / TOKENIZER).exists():
-            with one_writer(folder):
-                write_atomically(folder / TOKENIZER, content)
-        return folder / TOKENIZER, data.tokenizer
-    sources = [(text_source(data, i), s.weight) for i, s in enumerate(configured_sources(data))]
-    fraction = 0.0 if data.held_out_path is not None else data.held_out_fraction
-    settings = [data.tokenizer, data.tokenizer_vocab_size, data.lowercase, fraction, VERSION]
-    folder = cache / "tokenizers" / fingerprint([settings, [(source.identity(), weight) for source, weight in sources]])
+    folder = _tokenizer_home(data, cache)
     if not (folder / TOKENIZER).exists():
-        with one_writer(folder, lambda: report(0, 0, "waiting for another process that trains the tokenizer")):
+        with one_writer(folder, lambda: report(0, 0, "waiting for another process that makes the tokenizer")):
             if not (folder / TOKENIZER).exists():
-                report(0, 0, f"training the {data.tokenizer} tokenizer")
-                write_atomically(folder / TOKENIZER, _trained(data, sources, fraction))
+                if data.tokenizer in TRAINED:
+                    report(0, 0, f"training the {data.tokenizer} tokenizer")
+                content = _trained(data) if data.tokenizer in TRAINED else tokenizer_json(data)
+                write_atomically(folder / TOKENIZER, content)
     return folder / TOKENIZER, data.tokenizer
 
 
-def _trained(data: DataConfig, sources: list[tuple[Source, float]], fraction: float) -> bytes:
+def _tokenizer_home(data: DataConfig, cache: Path) -> Path:
+    """Folder of the cache for this tokenizer, named by its content or by what it is trained on."""
+    if data.tokenizer not in TRAINED:
+        return cache / "tokenizers" / fingerprint([data.tokenizer, tokenizer_json(data).decode()])
+    settings = [data.tokenizer, data.tokenizer_vocab_size, data.lowercase, _trained_fraction(data), VERSION]
+    sources = [(source.identity(), weight) for source, weight in _trained_sources(data)]
+    return cache / "tokenizers" / fingerprint([settings, sources])
+
+
+def _trained_fraction(data: DataConfig) -> float:
+    return 0.0 if data.held_out_path is not None else data.held_out_fraction
+
+
+def _trained_sources(data: DataConfig) -> list[tuple[Source, float]]:
+    return [(text_source(data, number), source.weight) for number, source in enumerate(configured_sources(data))]
+
+
+def _trained(data: DataConfig) -> bytes:
+    sources, fraction = _trained_sources(data), _trained_fraction(data)
     total = sum(weight for _, weight in sources)
     texts = [text for source, weight in sources
              for text in training_sample(source, fraction, int(SAMPLE_BYTES * weight / total))]  # fmt: skip

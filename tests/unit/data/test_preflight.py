@@ -155,7 +155,11 @@ def test_disk_and_cache(config, text_file, tmp_path, monkeypatch):
     assert "no folder that can be written" in said(settings)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    assert "has no room for the prepared data" in said(config(corpus="text", path=str(text_file)))
+    full = config(corpus="text", path=str(text_file))
+    assert "has no room for the prepared data" in said(full)
+    assert "has no room" in said(config("bert", corpus="text", path=str(text_file), tokenizer="bpe"))
+    prepare(full)
+    assert said(full) == "", "what is there needs no room"
 
 
 @pytest.fixture
@@ -168,39 +172,41 @@ def tokens(config, text_file, tmp_path):
     return build
 
 
-def damage(folder, how):
-    index, shard = folder / "index.json", folder / "shard_00000.bin"
+def edit(index, change):
     content = json.loads(index.read_text())
-    if how == "index missing":
-        index.unlink()
-    elif how == "index not json":
-        index.write_text("{")
-    elif how == "other json":
-        index.write_text('{"tokens": []}')
-    elif how == "other version":
-        index.write_text(json.dumps(content | {"version": 99}))
-    elif how == "counts changed":
-        content["shards"][0]["train"]["tokens"] *= 3
-        index.write_text(json.dumps(content))
-    elif how == "key missing":
-        del content["dtype"]
-        index.write_text(json.dumps(content))
-    elif how == "shard missing":
-        shard.unlink()
-    elif how == "shard truncated":
-        os.truncate(shard, shard.stat().st_size - 8)
+    change(content)
+    index.write_text(json.dumps(content))
+
+
+def triple_a_count(content):
+    content["shards"][0]["train"]["tokens"] *= 3
+
+
+DAMAGE = {
+    "index missing": lambda folder: (folder / "index.json").unlink(),
+    "index not json": lambda folder: (folder / "index.json").write_text("{"),
+    "other json": lambda folder: (folder / "index.json").write_text('{"tokens": []}'),
+    "other version": lambda folder: edit(folder / "index.json", lambda content: content.update(version=99)),
+    "counts changed": lambda folder: edit(folder / "index.json", triple_a_count),
+    "key missing": lambda folder: edit(folder / "index.json", lambda content: content.pop("dtype")),
+    "tokenizer missing": lambda folder: (folder / "tokenizer.json").unlink(),
+    "tokenizer changed": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    "shard missing": lambda folder: (folder / "shard_00000.bin").unlink(),
+    "shard truncated": lambda folder: os.truncate(folder / "shard_00000.bin", 800),
+}
 
 
 @pytest.mark.parametrize("how, expected", [
     ("index missing", "holds no index.json"), ("index not json", "cannot be read"), ("other json", "is no index"),
     ("other version", "format version 99"), ("counts changed", "damaged"), ("key missing", "damaged"),
+    ("tokenizer missing", "tokenizer of the tokens is missing"), ("tokenizer changed", "was changed"),
     ("shard missing", "shard is missing"), ("shard truncated", "bytes instead of"),
 ])  # fmt: skip
 def test_damaged_tokens(config, tokens, how, expected):
     folder = tokens()
     settings = config(corpus="tokens", path=str(folder))
     assert said(settings) == ""
-    damage(folder, how)
+    DAMAGE[how](folder)
     assert expected in said(settings)
     with pytest.raises(RefusedInput, match=expected):
         prepare(settings)
