@@ -72,14 +72,19 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: floa
     model = build_model(config.model, config.run.seed, precision.master_dtype(chosen), device)
     parameters = sum(p.numel() for p in model.parameters())
     engine = NativeEngine(config, model, device, chosen, mesh.data_rank(rank.rank))
-    length, name = config.data.sequence_length, _device_name(device)
-    flops = FlopsPerSequence(
-        causal=costs.training_flops_per_sequence(config.model, length, causal=True),
-        full=costs.training_flops_per_sequence(config.model, length, causal=False),
-        hardware=costs.hardware_flops_per_sequence(config.model, length, config.parallel.recompute),
-    )
+    name = _device_name(device)
     peak = hardware.peak_flops(name, chosen)
-    return Session(config, rank, mesh, device, corpus, engine, parameters, flops, name, peak)
+    return Session(config, rank, mesh, device, corpus, engine, parameters, _flops(config), name, peak)
+
+
+def _flops(config: Config) -> FlopsPerSequence:
+    model, length = config.model, config.data.sequence_length
+    predicted = config.data.mlm_probability * length if model.family == "bert" else None
+    return FlopsPerSequence(
+        causal=costs.training_flops_per_sequence(model, length, True, predicted),
+        full=costs.training_flops_per_sequence(model, length, False, predicted),
+        hardware=costs.hardware_flops_per_sequence(model, length, config.parallel.recompute, predicted),
+    )
 
 
 def _set_up_torch(config: Config, rank: RankInfo, device: torch.device) -> None:

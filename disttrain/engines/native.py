@@ -32,6 +32,7 @@ class NativeEngine:
         self._traffic = Traffic()
         self.module = replicate(model, device, self._traffic)
         self.optimizer = build_optimizer(config.optim, model.named_parameters())
+        self._tied: dict[str, str] = model.tied  # type: ignore[assignment]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
@@ -117,8 +118,9 @@ class NativeEngine:
         return self._traffic.take()
 
     def state_dict(self) -> State:
-        """Model and optimizer by parameter name, and the loss scale."""
+        """Model and optimizer by parameter name, tied weights once, and the loss scale."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
+        model = {name: value for name, value in model.items() if name not in self._tied}
         return {"model": model, "optimizer": optimizer, "engine": {"loss_scale": asdict(self.scale)}}
 
     def load_state_dict(self, state: State) -> None:
@@ -126,7 +128,8 @@ class NativeEngine:
         kept: list[dict[str, Any]] = [
             {k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups
         ]
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        model = state["model"] | {name: state["model"][source] for name, source in self._tied.items()}
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, kept, strict=True):
             group.update(values)
         self.scale = LossScale(**state["engine"]["loss_scale"])

@@ -34,8 +34,7 @@ def load_trained(folder: Path) -> Trained:
         )
     config = load(folder / "config.yaml")
     model = build_model(config.model, config.run.seed, torch.float64 if config.precision == "fp64" else torch.float32)
-    state = {"model": model.state_dict()}
-    trainer = checkpoint.load(path, state)
-    model.load_state_dict(state["model"])
+    weights = {name: value for name, value in model.state_dict().items() if name not in model.tied}
+    trainer = checkpoint.load(path, {"model": weights})  # in place: these are the model's own tensors
     prepared = data.prepare(config)
     return Trained(config, model.eval(), data.load_tokenizer(prepared.tokenizer), prepared, trainer["step"])

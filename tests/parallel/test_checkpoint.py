@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from disttrain import checkpoint
 from disttrain.checkpoint import CheckpointFailed
@@ -159,6 +160,12 @@ def test_trainer_part_is_plain_json(saved: Path) -> None:
         "step": 2,
         "engine": {"loss_scale": {"value": 1.0, "growth_interval": 0, "minimum": 1.0, "good_steps": 0}},
     }
+
+
+def test_tied_weights_are_stored_once(saved: Path) -> None:
+    names = FileSystemReader(saved / "step_00000001").read_metadata().state_dict_metadata
+    assert "model.embed.tokens.weight" in names
+    assert not [name for name in names if "head.decoder" in name]
 
 
 def misfit(rank: int, path: Path) -> str:
