@@ -12,12 +12,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 from disttrain.config.problems import RefusedInput
 
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from disttrain.data.workers import main; main()"
+_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from disttrain.data.workers import main; main()"
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -71,9 +70,8 @@ def _start(threads: bool) -> subprocess.Popen[bytes]:
         "OPENBLAS_NUM_THREADS": "1",
     }
     # its own session: Ctrl-C reaches the parent alone, which then kills the workers
-    return subprocess.Popen([sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])],
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-                            start_new_session=True)  # fmt: skip
+    return subprocess.Popen([sys.executable, "-P", "-c", _PROGRAM, *sys.path], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, env=environment, start_new_session=True)  # fmt: skip
 
 
 def _pipe(worker: subprocess.Popen[bytes]) -> Any:
