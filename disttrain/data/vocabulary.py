@@ -1,5 +1,8 @@
 """Where a tokenizer comes from: local vocabulary files, a Hugging Face name, or training on the corpus."""
 
+import socket
+import urllib.parse
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +34,7 @@ def tokenizer_json(data: DataConfig) -> bytes:
     try:
         found = _located(data)
         if found is None:
-            return _from_hub(_hub_name(data), settings).to_str().encode()
+            return _from_hub(_hub_name(data), settings)
         if len(found) == 1 and found[0].name.endswith(".json"):
             return found[0].read_bytes()
         library = _gpt2(*found) if data.tokenizer == "gpt2" else _bert(found[0], data.lowercase)
@@ -97,18 +100,37 @@ def _hub_name(data: DataConfig) -> str:
     return data.tokenizer
 
 
-def _from_hub(name: str, settings: tuple[str, ...]) -> Any:
+def _from_hub(name: str, settings: tuple[str, ...]) -> bytes:
+    """A tokenizer of the hub: the copy of an earlier download where there is one, so that later runs need no network."""
+    from huggingface_hub import hf_hub_download
     from tokenizers import Tokenizer as Library
 
     try:
-        return Library.from_pretrained(name)
-    except BaseException as error:  # the package's own panics are no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"'{name}' is no known tokenizer and cannot be loaded from Hugging Face: {reason}"
-        problem = Problem(settings, message, "use bytes, bpe or wordpiece, or give data.tokenizer_path")
-        raise RefusedInput([problem]) from error
+        return Path(hf_hub_download(name, "tokenizer.json", local_files_only=True)).read_bytes()
+    except (OSError, ValueError) as error:  # not there, or no name that the hub could have
+        reason = "it was not downloaded before, and there is no network" if _no_network() else str(error)
+    if not _no_network():
+        try:
+            return Library.from_pretrained(name).to_str().encode()
+        except Exception as error:  # the package raises plain Exception
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    message = f"'{name}' is no known tokenizer and cannot be loaded from Hugging Face: {reason}"
+    raise RefusedInput([Problem(settings, message, "use bytes, bpe or wordpiece, or give data.tokenizer_path")])
+
+
+def _no_network() -> bool:
+    """Whether the hub's name cannot be looked up: the package would retry for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    if urllib.request.getproxies():  # then another machine looks the name up
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
 
 
 def _gpt2(vocabulary: Path, merges: Path) -> Any:

@@ -1,4 +1,5 @@
 import json
+import time
 import warnings
 
 import numpy as np
@@ -193,3 +194,29 @@ def test_an_uncased_vocabulary_wants_lowercase(bert_folder):
     with pytest.raises(RefusedInput, match="no capital letters"):
         load(tokenizer="bert", tokenizer_path=str(bert_folder))
     assert load(tokenizer="bert", tokenizer_path=str(bert_folder), lowercase=True).encode("THE").tolist() == [5]
+
+
+def test_a_hub_name_is_taken_from_an_earlier_download_without_network(tmp_path, monkeypatch):
+    """A cache as huggingface_hub lays it out; the name can only be found there."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    stored = tmp_path / "models--some--thing"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text(commit)
+    (stored / "snapshots" / commit).mkdir(parents=True)
+    (stored / "snapshots" / commit / "tokenizer.json").write_bytes(train("bpe", [TEXT], 400, False))
+    assert load(tokenizer="some/thing").vocab_size == 400
+
+
+def test_without_network_an_unknown_name_is_refused_at_once(monkeypatch):
+    def unknown_host(*args):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown_host)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    start = time.monotonic()
+    with pytest.raises(RefusedInput, match="no network"):
+        load(tokenizer="no-such-thing")
+    assert time.monotonic() - start < 5
