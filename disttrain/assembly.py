@@ -64,6 +64,7 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: floa
     config = with_values(config, {
         "precision": chosen,
         "run.device": device.type,
+        "data.tokenizer": prepared.tokenizer_name,
         "model.vocab_size": config.model.vocab_size or corpus.vocab_size,
         "train.micro_batch_size": config.train.micro_batch_size or config.train.global_batch_size // mesh.data_ranks,
     })  # fmt: skip

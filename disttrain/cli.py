@@ -102,6 +102,7 @@ def prepare(
     config: ConfigPath,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; usable as data.path of corpus tokens.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every shard against its checksum afterwards.")] = False,
 ) -> None:
     """Turn the corpus of a config into memory-mapped token shards; can be interrupted and repeated."""
     from disttrain import data
@@ -114,6 +115,8 @@ def prepare(
     with _progress(quiet=False) as report:
         folders = [data.prepare_folder(settings, out, report)] if out else []
         folders = folders or [folder for folder, _ in data.prepare(settings, report).train]
+    if verify and (damaged := [problem for folder in folders for problem in data.verify(folder)]):
+        raise RefusedInput(damaged)
     for folder in folders:
         _console().print(f"prepared: {folder}", highlight=False)
 

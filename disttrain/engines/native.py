@@ -1,5 +1,6 @@
 """The torch-native engine: data parallelism, accumulation, clipping and loss scaling around one AdamW step."""
 
+import gc
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -135,7 +136,13 @@ class NativeEngine:
         self.scale = LossScale(**state["engine"]["loss_scale"])
 
     def close(self) -> None:
-        """Nothing to release: the process group belongs to the caller."""
+        """Let go of DDP while the process group still lives; the engine cannot step after this.
+
+        Otherwise the last reference to the group is the one DDP's reducer holds, which is dropped with the GIL held
+        and then joins gloo's threads, one of which may want the GIL: a deadlock at exit, seen in one run of ten.
+        """
+        del self.module
+        gc.collect()
 
 
 def real_tokens(batch: dict[str, Tensor]) -> Tensor:
