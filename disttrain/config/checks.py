@@ -145,12 +145,8 @@ def _ignored(config: Config) -> Iterator[Problem]:
     for key in ("log.wandb_project", "log.wandb_mode"):
         if given(config, key) and not config.log.wandb:
             yield _no_effect(config, key, "log.wandb", "log.wandb=true")
-    if config.train.eval_every and total_steps(config) and config.train.eval_every > (total_steps(config) or 0):
-        yield _no_effect(config, "train.eval_every", "train.steps", "a smaller train.eval_every (0: only at the end)")
-    if config.checkpoint.every and total_steps(config) and config.checkpoint.every > (total_steps(config) or 0):
-        yield _no_effect(config, "checkpoint.every", "train.steps", "a smaller checkpoint.every (0: only at the end)")
 
 
 def _no_effect(config: Config, key: str, because: str, fix: str) -> Problem:
-    shown = setting(config, because) if because != "train.steps" else f"{total_steps(config)} training steps"
-    return Problem((setting(config, key), shown), "this setting has no effect here", f"remove {key} or use {fix}")
+    settings = (setting(config, key), setting(config, because))
+    return Problem(settings, "this setting has no effect here", f"remove {key} or use {fix}")

@@ -107,8 +107,6 @@ CONTRADICTIONS: list[tuple[str, list[str], int, list[str], str]] = [
     ("scale bounds", ["precision=fp16", "loss_scale.initial=1", "loss_scale.minimum=2"], 1, ["loss_scale.initial=1.0"], ""),
     ("project without wandb", ["log.wandb_project=x"], 1, ["log.wandb_project=x", "log.wandb=false"], "log.wandb=true"),
     ("mode without wandb", ["log.wandb_mode=offline"], 1, ["log.wandb_mode=offline"], "log.wandb=true"),
-    ("late evaluation", ["train.eval_every=11"], 1, ["train.eval_every=11"], "eval_every"),
-    ("late checkpoint", ["checkpoint.every=11"], 1, ["checkpoint.every=11"], "checkpoint.every"),
     ("tensor", ["parallel.tensor=2"], 2, ["engine=native", "parallel.tensor=2"], "parallel.tensor=1"),
     ("pipeline", ["parallel.pipeline=2"], 2, ["engine=native", "parallel.pipeline=2"], "parallel.pipeline=1"),
     ("context", ["parallel.context=2"], 2, ["engine=native", "parallel.context=2"], "parallel.context=1"),
