@@ -1,0 +1,69 @@
+"""The README's commands do what it says, and every config in configs/ is a good one."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from disttrain import capabilities
+from disttrain.config.checks import validate
+from disttrain.config.load import load
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+SMALL = ["train.steps=3", "optim.warmup_steps=1", "train.eval_sequences=8", "data.max_bytes=300000", "model.layers=1",
+         "data.tokenizer_vocab_size=400", "data.cache_dir=cache", "model.preset=null", "model.hidden_size=32",
+         "model.heads=2"]  # fmt: skip
+"""Makes the commands quick; all else is as in the README."""
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_of_the_readme(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    tools = {
+        "disttrain": [sys.executable, "-m", "disttrain"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }
+    ran = 0
+    for line in commands():
+        words = shlex.split(line)
+        if words[0] == "make":  # make test runs this very test; make demo is tested as disttrain demo
+            subprocess.run([*words[:1], "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+            continue
+        takes_settings = {"train", "check", "prepare"} & set(words)
+        done = subprocess.run(
+            [*tools[words[0]], *words[1:], *(SMALL if takes_settings else [])], cwd=tmp_path, capture_output=True,
+            text=True, check=False, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 10
+
+
+def test_the_readme_names_the_files_it_speaks_of() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 5
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_all_configs_are_found() -> None:
+    assert len(CONFIGS) >= 4
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configs_have_no_problems(path: Path) -> None:
+    """Data aside, which the user brings."""
+    config = load(path)
+    for world_size in (1, 2, 8):
+        assert validate(config, world_size) == []
+    assert capabilities.missing(config) == []
