@@ -42,16 +42,22 @@ class Session:
         return self.mesh.data_rank(self.rank.rank)
 
 
+ONE_TASK_A_RANK = ("srun", "openmpi", "mpich")
+"""Launchers that can show each rank a GPU of its own (`srun --gpus-per-task=1`), always as number 0."""
+
+
 def choose_device(config: Config, rank: RankInfo) -> torch.device:
-    """The device of this rank. Raises RefusedInput where CUDA is asked for and there is no GPU for every rank."""
+    """The device of this rank. Raises RefusedInput where there are GPUs, but not one for every local rank."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.run.device == "cpu" or (config.run.device == "auto" and gpus < max(rank.local_world_size, 1)):
+    if config.run.device == "cpu" or (config.run.device == "auto" and gpus == 0):
         return torch.device("cpu")
-    if gpus < rank.local_world_size:
-        message = f"this host has {gpus} GPUs for {rank.local_world_size} ranks"
-        raise RefusedInput([Problem(("run.device=cuda", f"local ranks {rank.local_world_size}"), message,
-                                    "start fewer ranks, or use run.device=cpu")])  # fmt: skip
-    return torch.device("cuda", rank.local_rank)
+    if gpus >= rank.local_world_size:
+        return torch.device("cuda", rank.local_rank)
+    if gpus == 1 and rank.launcher in ONE_TASK_A_RANK:
+        return torch.device("cuda", 0)
+    raise RefusedInput([Problem((f"run.device={config.run.device}", f"local ranks {rank.local_world_size}"),
+                                f"rank {rank.rank} sees {gpus} GPUs for the {rank.local_world_size} ranks of its host",
+                                "start fewer ranks, or use run.device=cpu")])  # fmt: skip
 
 
 def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: float = 1800) -> Session:

@@ -38,7 +38,7 @@ class RunConfig(Section):
     deterministic: bool = False
     """Use torch's deterministic algorithms only (slower on a GPU)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device type; auto takes CUDA where there is a GPU for every local rank."""
+    """Device type; auto takes CUDA where there is a GPU."""
 
 
 class ModelConfig(Section):

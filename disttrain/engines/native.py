@@ -149,7 +149,7 @@ def real_tokens(batch: dict[str, Tensor]) -> Tensor:
     """Number of tokens that are not padding."""
     mask = batch.get("attention_mask")
     tokens = batch["tokens"]
-    return torch.tensor(tokens.numel(), device=tokens.device) if mask is None else mask.sum()
+    return tokens.new_full((), tokens.numel()) if mask is None else mask.sum()
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, data_rank: int) -> int:
