@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -64,11 +65,15 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
 
     Raises CheckpointFailed where the checkpoint does not fit the model.
     """
+    import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+    alone = not dist.is_initialized()
     try:
-        dcp.load(tensors, storage_reader=FileSystemReader(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone on purpose
+            dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=alone)
     except (Exception, dcp.api.CheckpointException) as error:
         raise CheckpointFailed(f"{path} could not be loaded: {_root_cause(error)}") from error
     return json.loads((path / TRAINER).read_text())

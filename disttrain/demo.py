@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from disttrain import report
 from disttrain.tasks.baseline import trigram_loss, uniform_loss
@@ -32,23 +34,23 @@ def show_what_was_learned(folder: Path, console: Console) -> bool:
     return won
 
 
-def _samples(trained: Trained) -> Table:
-    table = Table(title="What it writes", box=None, title_justify="left", show_header=False, title_style="bold")
-    table.add_column(overflow="fold")
+def _samples(trained: Trained) -> Group:
+    """What the model writes after each prompt, each in a box."""
+    boxes = []
     for prompt in PROMPTS:
-        ids = trained.tokenizer.encode(prompt).tolist()
         new = generate(
             trained.model,  # type: ignore[arg-type]
-            ids,
-            max_new_tokens=48,
-            temperature=0.7,
+            trained.tokenizer.encode(prompt).tolist(),
+            max_new_tokens=200,
+            temperature=0.6,
             top_k=40,
             seed=1,
             stop_id=trained.tokenizer.end_of_text,
             vocab_size=trained.tokenizer.vocab_size,
         )
-        table.add_row(f"[bold cyan]{escape(prompt)}[/]{escape(trained.tokenizer.decode(new).rstrip())}\n")
-    return table
+        text = Text.assemble((prompt, "bold cyan"), trained.tokenizer.decode(new).rstrip())
+        boxes.append(Panel(text, box=box.ROUNDED))
+    return Group(Text("What it writes after a few letters", style="bold"), *boxes)
 
 
 def _comparison(ours: float, lines: dict[str, float]) -> Table:
