@@ -1,9 +1,12 @@
 """Which device a rank gets, and when it is refused."""
 
+import platform
+import resource
+
 import pytest
 import torch
 
-from disttrain.assembly import choose_device
+from disttrain.assembly import choose_device, keep_freed_memory
 from disttrain.config.problems import RefusedInput
 from disttrain.config.schema import Config, RunConfig
 from disttrain.launch import RankInfo
@@ -35,3 +38,14 @@ def test_device(monkeypatch, device, launcher, local_rank, ranks, gpus, expected
             choose_device(config, rank(launcher, local_rank, ranks))
     else:
         assert choose_device(config, rank(launcher, local_rank, ranks)) == torch.device(expected)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other settings")
+def test_large_tensors_cost_no_page_faults() -> None:
+    """64 MiB allocated again and again: the kernel is asked for it once, not every time."""
+    assert keep_freed_memory()
+    torch.ones(1 << 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(1 << 24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < (5 << 26) // 4096 // 10
