@@ -99,8 +99,8 @@ def test_first_step_equals_plain_torch() -> None:
     others = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8).step()
-    assert ours["loss"] == pytest.approx(float(loss), rel=1e-12)
-    assert ours["norm"] == pytest.approx(float(norm), rel=1e-12)
+    assert ours["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    assert ours["norm"] == pytest.approx(norm.item(), rel=1e-12)
     for name, weight in model.named_parameters():
         torch.testing.assert_close(ours["weights"][name], weight.detach(), rtol=1e-12, atol=1e-12)
 
