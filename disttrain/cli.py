@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from disttrain.config.problems import Problem
     from disttrain.config.schema import Config
     from disttrain.data.preparation import Prepared, Report
+    from disttrain.interruption import Interruption
 
 app = typer.Typer(
     name="disttrain",
@@ -26,6 +27,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
+
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "HOROVOD_RANK", "SLURM_PROCID")
+"""Where launchers say which rank a process is; refused input is shown by the first one only."""
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[
@@ -39,9 +43,11 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Local ranks to start; not inside a launcher.")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto, never or a checkpoint: checkpoint.resume.")] = None,
 ) -> None:
     """Train a model. Inside torchrun, deepspeed, horovodrun, mpirun or srun it joins that launcher's world."""
-    raise typer.Exit(_train(config, overrides, nproc))
+    words = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
+    raise typer.Exit(_train(config, words, nproc))
 
 
 @app.command()
@@ -177,7 +183,8 @@ def _explain(error: Exception) -> int:
     from disttrain.config.problems import RefusedInput
 
     if isinstance(error, RefusedInput):
-        if int(os.environ.get("RANK", "0")) == 0:
+        ranks = [os.environ.get(name, "") for name in RANK_VARIABLES]
+        if not any(rank.isdigit() and int(rank) > 0 for rank in ranks):
             _show_problems(error.problems)
         return 2
     return _explain_failure(error)
@@ -231,6 +238,8 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
 
     rank = launch.detect(os.environ)
     inside = rank.launcher != "none"
+    if inside and "DISTTRAIN_LOCAL_RANKS" in os.environ:
+        die_with_parent(int(os.environ["DISTTRAIN_LOCAL_RANKS"]))
     if inside and nproc is not None:
         raise RefusedInput([_already_launched(nproc, rank.launcher)])
     settings = _load(config, overrides)
@@ -238,17 +247,13 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     problems = preflight.problems(settings, world_size)
     if problems:
         raise RefusedInput(problems)
-    prepared = _prepare(settings, quiet=rank.rank != 0)
-    if interruption.requested:
-        raise KeyboardInterrupt
+    prepared = _prepare(settings, interruption, quiet=rank.rank != 0)
     if not inside and world_size > 1:
         from disttrain import local_ranks
 
         return local_ranks.start(world_size, ["train", str(config), *(overrides or [])])
     from disttrain.run import run
 
-    if inside and "DISTTRAIN_LOCAL_RANKS" in os.environ:
-        die_with_parent()
     return run(settings, rank, interruption, prepared)
 
 
@@ -265,12 +270,21 @@ def _console(stderr: bool = False) -> "Console":
     return Console(stderr=stderr)
 
 
-def _prepare(config: "Config", quiet: bool) -> "Prepared":
+def _prepare(config: "Config", interruption: "Interruption", quiet: bool) -> "Prepared":
     """Prepare the data with a progress bar; what is prepared already costs nothing and shows nothing."""
     from disttrain import data
 
-    with _progress(quiet) as report:
-        return data.prepare(config, report)
+    with _progress(quiet) as show:
+
+        def report(done: int, total: int, what: str) -> None:
+            show(done, total, what)
+            if interruption.requested:  # what is complete stays; the same command goes on from there
+                raise KeyboardInterrupt
+
+        prepared = data.prepare(config, report)
+    if interruption.requested:
+        raise KeyboardInterrupt
+    return prepared
 
 
 @contextmanager

@@ -39,8 +39,13 @@ class Interruption:
             self.signal, self._since = signal.Signals(number), now
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for a SIGTERM when the process that started this one dies (Linux; elsewhere nothing)."""
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for a SIGTERM when the process `parent` that started this one dies (Linux; elsewhere nothing).
+
+    Raises KeyboardInterrupt when it is dead already.
+    """
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+        if os.getppid() != parent:
+            raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 STARTED_BY_US = "DISTTRAIN_LOCAL_RANKS"
-"""Set for ranks that `start` made; they end when their parent does."""
+"""Process number of the parent, set for ranks that `start` made; they end when it does."""
 
 
 def start(ranks: int, arguments: Sequence[str]) -> int:
@@ -23,7 +23,7 @@ def start(ranks: int, arguments: Sequence[str]) -> int:
     Ctrl-C and SIGTERM are passed on to the ranks, which save a checkpoint and end with 130.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report is replaced by ours
-    os.environ[STARTED_BY_US] = "1"
+    os.environ[STARTED_BY_US] = str(os.getpid())
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -67,6 +67,10 @@ def _resume(config: Config, folder: Path) -> list[Problem]:
         return []
     if resume == "auto":
         return _changed(config, folder) if checkpoint.checkpoints(folder / "checkpoints") else []
+    if (folder / "metrics.jsonl").exists() and Path(resume).resolve().parent.parent != folder.resolve():
+        fix = "use another run.name, or checkpoint.resume=auto to go on with the run that is there"
+        return [Problem((setting(config, "checkpoint.resume"), f"run.name={config.run.name}"),
+                        f"{folder} already holds a run, and the checkpoint is not one of its own", fix)]  # fmt: skip
     reason = checkpoint.damage(Path(resume)) if Path(resume).is_dir() else "there is no such folder"
     if reason:
         fix = "give a folder such as runs/NAME/checkpoints/step_00000100, auto or never"

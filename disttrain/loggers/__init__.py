@@ -12,7 +12,7 @@ from disttrain.config.schema import Config
 from disttrain.loggers.console import open_console
 from disttrain.loggers.jsonl import FILE, JsonlSink, TruthFailed, read_records, rewind
 from disttrain.loggers.tensorboard import FOLDER, TensorBoardSink
-from disttrain.loggers.wandb import ID_FILE, WandbSink
+from disttrain.loggers.wandb import WandbSink
 
 __all__ = ["Loggers", "Sink", "TruthFailed", "open_loggers", "preflight", "read_records"]
 
@@ -134,13 +134,12 @@ def open_loggers(config: Config, run_dir: Path, header: dict[str, Any], resumed_
     """Open every sink of a run on its one logging rank and write the header of this process.
 
     `header` holds the keys that docs/measurement.md lists for it. `resumed_step` is the step of the checkpoint that
-    training continues from, None for a new run: earlier records in the folder then move to `previous_<n>`. Raises
+    training continues from, None for a new run. Raises
     TruthFailed when metrics.jsonl cannot be written, RefusedInput when the existing one is broken.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / FILE
     if resumed_step is None:
-        _set_aside(run_dir)
         reached = dropped = 0
     else:
         rewound = rewind(path, resumed_step)
@@ -161,16 +160,3 @@ def open_loggers(config: Config, run_dir: Path, header: dict[str, Any], resumed_
         loggers.close()
         raise
     return loggers
-
-
-def _set_aside(run_dir: Path) -> None:
-    """Move what an earlier run left under this name to previous_<n>, so that nothing is overwritten or mixed."""
-    found = [run_dir / name for name in (FILE, FOLDER, ID_FILE) if (run_dir / name).exists()]
-    if found:
-        number = 1
-        while (run_dir / f"previous_{number}").exists():
-            number += 1
-        folder = run_dir / f"previous_{number}"
-        folder.mkdir()
-        for path in found:
-            path.rename(folder / path.name)

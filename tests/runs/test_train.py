@@ -165,6 +165,37 @@ def test_changing_what_was_trained_is_refused(workplace: Workplace) -> None:
     assert [r["step"] for r in workplace.records("run", "step")] == list(range(1, 15))
 
 
+def test_a_new_run_starts_from_another_runs_checkpoint(workplace: Workplace) -> None:
+    workplace.run("train", "run.yaml")
+    start = "runs/run/checkpoints/step_00000008"
+    workplace.run("train", "run.yaml", "run.name=branch", "--resume", start)
+    assert workplace.curve("branch") == workplace.curve("run")[8:]
+    done = workplace.run("train", "run.yaml", "run.name=branch", "--resume", start, code=2)
+    assert "already holds a run" in done.stderr
+    workplace.run("train", "run.yaml", "run.name=branch", "--resume", "never", code=2)
+
+
+def test_ctrl_c_while_data_is_prepared(workplace: Workplace) -> None:
+    """It ends at once with 130, and the same command goes on with what is complete."""
+    text = workplace.folder / "corpus" / "text.txt"
+    for number in range(60):
+        (text.parent / f"{number}.txt").write_text(text.read_text() * 40)
+    words = ("train", "run.yaml", "data.tokenizer=bpe", "data.tokenizer_vocab_size=300", "train.steps=2",
+             "optim.warmup_steps=0")  # fmt: skip
+    process = workplace.start(*words)
+    deadline = time.monotonic() + 90
+    while not list(workplace.folder.glob("cache/tokens/*/shard_*.json")):
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    workplace.run(*words)
+    assert len(workplace.records("run", "step")) == 2
+
+
 def test_divergence_is_one_clear_line(workplace: Workplace) -> None:
     done = workplace.run(
         "train", "run.yaml", "optim.lr=1e30", "optim.warmup_steps=0", "train.clip_grad_norm=null", code=1

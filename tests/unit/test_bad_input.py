@@ -168,6 +168,7 @@ SITUATIONS: list[tuple[Callable[[Path], None], list[str], str]] = [
     (_too_small, [], "data.sequence_length"),
     (_file_in_the_way, [], "run folder"),
     (_old_run, ["checkpoint.resume=never"], "checkpoint.resume=never"),
+    (_old_run, ["checkpoint.resume=runs/other/checkpoints/step_00000001"], "checkpoint.resume=runs/other"),
 ]
 
 

@@ -263,16 +263,6 @@ def test_other_sinks_are_closed_when_the_truth_fails(tmp_path):
     assert spy.closed == 1 and spy.got == []
 
 
-def test_a_new_run_in_a_used_folder_sets_the_old_one_aside(tmp_path):
-    for name in ("first", "second", "third"):
-        with open_loggers(QUIET, tmp_path, {"name": name}, resumed_step=None):
-            (tmp_path / "wandb_id").write_text(name)
-    assert lines(tmp_path / "metrics.jsonl")[0]["name"] == "third"
-    for number, name in ((1, "first"), (2, "second")):
-        assert lines(tmp_path / f"previous_{number}" / "metrics.jsonl")[0]["name"] == name
-        assert (tmp_path / f"previous_{number}" / "wandb_id").read_text() == name
-
-
 def test_a_resumed_run_writes_its_header_and_no_step_twice(tmp_path):
     with open_loggers(QUIET, tmp_path, {"name": "a"}, None) as loggers:
         for n in (1, 2, 3):
