@@ -96,8 +96,7 @@ def _flops(config: Config) -> FlopsPerSequence:
 
 
 def _set_up_torch(config: Config, rank: RankInfo, device: torch.device) -> None:
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
+    world.share_cores(rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -33,11 +33,12 @@ def diagnose(info: RankInfo | None = None, timeout_s: float = 60) -> Diagnosis:
             info = detect(os.environ)
         except RefusedInput as refused:
             return Diagnosis(None, problems=refused.problems)
+    from disttrain.parallel import world
+
+    world.share_cores(info)  # as `disttrain train` does
     own = rank_facts(info)
     if info.world_size == 1:
         return Diagnosis(info, [own], [], notes(info, [own]), contradictions(info, [own]))
-    from disttrain.parallel import world
-
     try:
         # Gloo first: it also works where ranks disagree about devices, which is to be found out here.
         world.start(info, "cpu", timeout_s)

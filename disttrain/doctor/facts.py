@@ -16,7 +16,7 @@ from disttrain.launch import RankInfo
 
 OPTIONAL = {
     "deepspeed": "pip install deepspeed",
-    "horovod": "launchers/install_horovod.sh",
+    "horovod": "build it from source against this torch",
     "mpi4py": "pip install mpi4py",
     "wandb": "pip install 'disttrain[wandb]'",
     "tensorboard": "pip install 'disttrain[tensorboard]'",

@@ -3,12 +3,19 @@
 import os
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.launch import RankInfo, environment_for_torch
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+def share_cores(info: RankInfo) -> None:
+    """Divide the cores this process may use among the ranks of its host, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // info.local_world_size))
 
 
 def start(info: RankInfo, device_type: str, timeout_s: float) -> None:

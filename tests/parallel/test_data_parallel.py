@@ -44,7 +44,14 @@ def train(rank: int, config: Config, world: int, micro_batch: int) -> dict:
     precision = config.precision
     model = build_model(config.model, config.run.seed, master_dtype(precision))
     engine = NativeEngine(config, model, torch.device("cpu"), precision, data_rank=rank)
-    records = []
+    records, gradients = [], []
+    update = engine.optimizer.step
+
+    def step_and_keep_gradients() -> None:
+        gradients.append({name: p.grad.detach().clone() for name, p in model.named_parameters()})
+        update()
+
+    engine.optimizer.step = step_and_keep_gradients
     for step in range(1, STEPS + 1):
         batch = global_batch(config.model.family, step)
         share = BATCH // world
@@ -57,7 +64,13 @@ def train(rank: int, config: Config, world: int, micro_batch: int) -> dict:
         k: float(v.sum / v.count) for k, v in engine.evaluate([global_batch(config.model.family, 99)]).items()
     }
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return {"records": records, "weights": weights, "evaluation": evaluation, "traffic": engine.traffic()}
+    return {
+        "records": records,
+        "gradients": gradients,
+        "weights": weights,
+        "evaluation": evaluation,
+        "traffic": engine.traffic(),
+    }
 
 
 @pytest.mark.parametrize("family", ["gpt", "bert"])
@@ -69,6 +82,10 @@ def test_equals_one_process(family: str, world: int, micro_batch: int) -> None:
         for expected, got in zip(serial["records"], ours["records"], strict=True):
             assert got == pytest.approx(expected, rel=1e-10, abs=1e-10)
         assert ours["evaluation"] == pytest.approx(serial["evaluation"], rel=1e-10)
+        assert len(ours["gradients"]) == STEPS
+        for expected, got in zip(serial["gradients"], ours["gradients"], strict=True):
+            for name, gradient in expected.items():
+                torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12)
         for name, weight in serial["weights"].items():
             torch.testing.assert_close(ours["weights"][name], weight, rtol=1e-10, atol=1e-10)
 
