@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from disttrain.config.schema import Config, Precision
 from disttrain.engines import Batch, State, StepResult
+from disttrain.models import BERT, GPT
 from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
 from disttrain.parallel.collectives import Traffic, all_reduce
@@ -24,7 +25,7 @@ from disttrain.precision import LossScale, autocast
 class NativeEngine:
     """One optimizer step with torch alone. `precision` is resolved, never "auto"."""
 
-    def __init__(self, config: Config, model: nn.Module, device: torch.device, precision: Precision, data_rank: int):
+    def __init__(self, config: Config, model: GPT | BERT, device: torch.device, precision: Precision, data_rank: int):
         self.model, self.device, self.data_rank = model, device, data_rank
         self.seed, self.smoothing = config.run.seed, config.train.label_smoothing
         self.max_norm = config.train.clip_grad_norm
@@ -33,7 +34,7 @@ class NativeEngine:
         self._traffic = Traffic()
         self.module = replicate(model, device, self._traffic)
         self.optimizer = build_optimizer(config.optim, model.named_parameters())
-        self._tied: dict[str, str] = model.tied  # type: ignore[assignment]
+        self._tied: dict[str, str] = model.tied
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
@@ -58,14 +59,14 @@ class NativeEngine:
     def _to_device(self, batch: Batch) -> dict[str, Tensor]:
         """Arrays as tensors on the device; what the model derives on the host is added before the copy."""
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
-        tensors = self.model.prepare_batch(tensors)  # type: ignore[operator]
+        tensors = self.model.prepare_batch(tensors)
         if self.device.type == "cpu":
             return tensors
         return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
 
     def _count(self, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
         """Targets of each objective and real tokens of the whole step: known before any backward pass."""
-        counted = [self.model.count_targets(batch) for batch in batches]  # type: ignore[operator]
+        counted = [self.model.count_targets(batch) for batch in batches]
         names = list(counted[0])
         rows = [[c[name] for name in names] + [real_tokens(b)] for c, b in zip(counted, batches, strict=True)]
         totals = all_reduce(torch.stack([torch.stack(row) for row in rows]).sum(0), self._traffic)
@@ -104,11 +105,11 @@ class NativeEngine:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, LossSum]:
         """Sums over all ranks of every objective and score; see `Engine.evaluate`. Ranks may bring unequal shares."""
         self.model.eval()
-        names: list[str] = list(self.model.SCORES)  # type: ignore[arg-type]
+        names: list[str] = list(self.model.SCORES)
         totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
         for batch in batches:
             with autocast(self.precision, self.device.type):
-                scores = self.model.scores(self._to_device(batch))  # type: ignore[operator]
+                scores = self.model.scores(self._to_device(batch))
             totals += torch.stack([torch.stack([scores[n].sum.double(), scores[n].count.double()]) for n in names])
         all_reduce(totals)
         self.model.train()

@@ -8,22 +8,23 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from disttrain.models import BERT, GPT
 from disttrain.parallel.collectives import Traffic
 
 
 class LossModule(nn.Module):
     """A model whose forward is its loss, which is what DistributedDataParallel wants to wrap."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: GPT | BERT):
         super().__init__()
         self.model = model
 
     def forward(self, batch: dict[str, Tensor], label_smoothing: float) -> dict:
         """The loss sums of one micro-batch: see the model's `loss`."""
-        return self.model.loss(batch, label_smoothing)  # type: ignore[operator]
+        return self.model.loss(batch, label_smoothing)
 
 
-def replicate(model: nn.Module, device: torch.device, traffic: Traffic) -> nn.Module:
+def replicate(model: GPT | BERT, device: torch.device, traffic: Traffic) -> nn.Module:
     """The model's loss with gradients summed over all ranks, overlapping the backward pass (Li et al. 2020).
 
     Losses are already divided by the count of the whole step, so gradients are summed, not averaged.
