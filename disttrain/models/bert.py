@@ -2,13 +2,15 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import ModelConfig
-from disttrain.models.cross_entropy import IGNORED, cross_entropy_sum
-from disttrain.models.layers import LossSum, blocks, layer_norm
+from disttrain.models.cross_entropy import IGNORED, WholeVocabulary, cross_entropy_sum
+from disttrain.models.dropout import Dropout, Keys
+from disttrain.models.layers import LossSum, blocks, keys_of, layer_norm
 
 TENSOR_PLAN = {
     "embed.tokens": "vocab",
@@ -35,16 +37,16 @@ class BERTEmbedding(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         shape = shape_of(config)
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout, 0)
         self.tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.positions = nn.Embedding(shape.max_positions, shape.hidden_size)
         self.token_types = nn.Embedding(2, shape.hidden_size)
         self.norm = layer_norm(config)
 
-    def forward(self, tokens: Tensor, token_types: Tensor) -> Tensor:
-        """Two int64 [B, S] -> [B, S, H]."""
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]] + self.token_types(token_types)
-        return F.dropout(self.norm(x), self.dropout, self.training)
+    def forward(self, tokens: Tensor, token_types: Tensor, keys: Keys) -> Tensor:
+        """Two int64 [B, S] -> [B, S, H]; keys name the positions."""
+        x = self.tokens(tokens) + self.positions(keys.positions) + self.token_types(token_types)
+        return self.dropout(self.norm(x), keys)
 
 
 class BERTLogits(NamedTuple):
@@ -62,7 +64,6 @@ class BERTHead(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         shape = shape_of(config)
-        self.dropout = config.dropout
         self.transform = nn.Linear(shape.hidden_size, shape.hidden_size)
         self.norm = layer_norm(config)
         self.decoder = nn.Linear(shape.hidden_size, shape.vocab_size)
@@ -92,6 +93,7 @@ class BERT(nn.Module):
         self.embed: BERTEmbedding | None = BERTEmbedding(config)
         self.blocks = blocks(config, causal=False)
         self.head: BERTHead | None = BERTHead(config)
+        self.vocabulary = WholeVocabulary()
 
     def forward(
         self,
@@ -99,16 +101,19 @@ class BERT(nn.Module):
         token_types: Tensor | None = None,
         attention_mask: Tensor | None = None,
         mlm_positions: Tensor | None = None,
+        keys: Keys | None = None,
     ) -> BERTLogits | Tensor:
         """Tokens int64 [B, S] (hidden states without embed) -> both heads' logits (hidden states without head).
 
         attention_mask is bool [B, S], True for a real token; token_types int64 [B, S], zeros when not given;
-        mlm_positions int64 [N] restricts the masked-token logits to those of the flattened B * S tokens.
+        mlm_positions int64 [N] restricts the masked-token logits to those of the flattened B * S tokens; keys are the
+        positions and dropout's seeds, 0 .. S - 1 and no dropout when not given.
         """
         if self.embed is not None:
-            x = self.embed(x, x.new_zeros(x.shape) if token_types is None else token_types)
+            keys = keys or Keys(None, torch.arange(x.shape[1], device=x.device))
+            x = self.embed(x, x.new_zeros(x.shape) if token_types is None else token_types, keys)
         for block in self.blocks.values():
-            x = block(x, attention_mask)
+            x = block(x, attention_mask, keys)
         return x if self.head is None else self.head(x, mlm_positions)
 
     def prepare_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,29 +132,35 @@ class BERT(nn.Module):
         Smoothing applies to mlm only.
         """
         batch = self.prepare_batch(batch)
-        return self.loss_of(self._logits(batch), batch, label_smoothing)
+        return self.loss_of(self.forward_batch(batch), batch, label_smoothing)
+
+    def forward_batch(self, batch: dict[str, Tensor], x: Tensor | None = None) -> BERTLogits | Tensor:
+        """`forward` of a prepared batch's tokens, or of hidden states x [B, S, H] that an earlier stage gave."""
+        x = batch["tokens"] if x is None else x
+        keys = keys_of(batch, x)
+        return self(x, batch["token_types"], batch["attention_mask"], batch["mlm_positions"], keys)
 
     def scores(self, batch: dict[str, Tensor]) -> dict[str, LossSum]:
         """What evaluation reports: both losses, and how many predictions of each head are right (sum, of count)."""
         batch = self.prepare_batch(batch)
-        logits = self._logits(batch)
+        return self.scores_of(self.forward_batch(batch), batch)
+
+    def scores_of(self, logits: BERTLogits, batch: dict[str, Tensor]) -> dict[str, LossSum]:
+        """`scores` of logits that forward gave at the prepared batch's `mlm_positions`."""
         losses = self.loss_of(logits, batch)
         masked = batch["targets"].flatten()[batch["mlm_positions"]]
         right = {
-            "mlm": (logits.mlm.argmax(-1) == masked).sum(),
+            "mlm": (self.vocabulary.argmax(logits.mlm) == masked).sum(),
             "nsp": (logits.nsp.argmax(-1) == batch["next_sentence"]).sum(),
         }
         return losses | {f"{name}_accuracy": LossSum(right[name], losses[name].count) for name in losses}
-
-    def _logits(self, batch: dict[str, Tensor]) -> BERTLogits:
-        return self(batch["tokens"], batch["token_types"], batch["attention_mask"], batch["mlm_positions"])
 
     def loss_of(self, logits: BERTLogits, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> dict[str, LossSum]:
         """The loss of logits that forward gave at the prepared batch's `mlm_positions`."""
         counts = self.count_targets(batch)
         targets = batch["targets"].flatten()[batch["mlm_positions"]]
         return {
-            "mlm": LossSum(cross_entropy_sum(logits.mlm, targets, label_smoothing), counts["mlm"]),
+            "mlm": LossSum(self.vocabulary.cross_entropy_sum(logits.mlm, targets, label_smoothing), counts["mlm"]),
             "nsp": LossSum(cross_entropy_sum(logits.nsp, batch["next_sentence"]), counts["nsp"]),
         }
 

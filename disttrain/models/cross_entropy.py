@@ -25,6 +25,18 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 
     return _CrossEntropySum.apply(logits, targets, label_smoothing)  # pyright: ignore[reportReturnType]
 
 
+class WholeVocabulary:
+    """What a model asks of its logits when it holds all of them; tensor parallelism gives it a sharded twin."""
+
+    def cross_entropy_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """See `cross_entropy_sum`."""
+        return cross_entropy_sum(logits, targets, label_smoothing)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The likeliest entry of each row: [..., V] -> int64 [...]."""
+        return logits.argmax(-1)
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """Saves the logits and one log-sum-exp a row, and widens a few rows at a time in both directions.
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 class Keys(NamedTuple):
     """What the masks of one batch depend on, beside the site of each layer."""
 
-    seeds: Tensor
-    """int64 [B]: one of each sample, for this step."""
+    seeds: Tensor | None
+    """int64 [B]: one of each sample; None where nothing is dropped."""
     positions: Tensor
     """int64 [S]: place of each token in the whole sequence."""
 
@@ -69,7 +69,7 @@ class Dropout(nn.Module):
         """
         if not self.training or self.p == 0:
             return x
-        if keys is None:
+        if keys is None or keys.seeds is None:
             raise ValueError(f"dropout={self.p} while training needs keys: the batch has no dropout_seeds")
         index, parts = self.part
         positions = keys.positions[:1] if x.ndim == 2 else keys.positions.chunk(parts)[index]

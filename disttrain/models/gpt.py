@@ -1,12 +1,13 @@
 """GPT-2 (Radford et al. 2019): a pre-norm decoder with learned positions and a tied head."""
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import ModelConfig
-from disttrain.models.cross_entropy import IGNORED, cross_entropy_sum
-from disttrain.models.layers import LossSum, blocks, layer_norm
+from disttrain.models.cross_entropy import IGNORED, WholeVocabulary
+from disttrain.models.dropout import Dropout, Keys
+from disttrain.models.layers import LossSum, blocks, keys_of, layer_norm
 
 TENSOR_PLAN = {
     "embed.tokens": "vocab",
@@ -29,14 +30,13 @@ class GPTEmbedding(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         shape = shape_of(config)
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout, 0)
         self.tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.positions = nn.Embedding(shape.max_positions, shape.hidden_size)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [B, S] -> [B, S, H]."""
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        return F.dropout(x, self.dropout, self.training)
+    def forward(self, tokens: Tensor, keys: Keys) -> Tensor:
+        """int64 [B, S] -> [B, S, H]; keys name the positions."""
+        return self.dropout(self.tokens(tokens) + self.positions(keys.positions), keys)
 
 
 class GPTHead(nn.Module):
@@ -67,14 +67,24 @@ class GPT(nn.Module):
         self.embed: GPTEmbedding | None = GPTEmbedding(config)
         self.blocks = blocks(config, causal=True)
         self.head: GPTHead | None = GPTHead(config)
+        self.vocabulary = WholeVocabulary()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens int64 [B, S] (hidden states [B, S, H] without embed) -> logits [B, S, V] (hidden without head)."""
+    def forward(self, x: Tensor, keys: Keys | None = None) -> Tensor:
+        """Tokens int64 [B, S] (hidden states [B, S, H] without embed) -> logits [B, S, V] (hidden without head).
+
+        keys are the positions and dropout's seeds; 0 .. S - 1 and no dropout when not given.
+        """
         if self.embed is not None:
-            x = self.embed(x)
+            keys = keys or Keys(None, torch.arange(x.shape[1], device=x.device))
+            x = self.embed(x, keys)
         for block in self.blocks.values():
-            x = block(x)
+            x = block(x, None, keys)
         return x if self.head is None else self.head(x)
+
+    def forward_batch(self, batch: dict[str, Tensor], x: Tensor | None = None) -> Tensor:
+        """`forward` of a batch's tokens, or of hidden states x [B, S, H] that an earlier stage gave."""
+        x = batch["tokens"] if x is None else x
+        return self(x, keys_of(batch, x))
 
     def prepare_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with what is best computed before it moves to a device: nothing for GPT."""
@@ -82,11 +92,12 @@ class GPT(nn.Module):
 
     def loss(self, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> dict[str, LossSum]:
         """`lm`: cross-entropy of `tokens` [B, S] against `targets` [B, S]; -100 is ignored."""
-        return self.loss_of(self(batch["tokens"]), batch, label_smoothing)
+        return self.loss_of(self.forward_batch(batch), batch, label_smoothing)
 
     def loss_of(self, logits: Tensor, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> dict[str, LossSum]:
         """The loss of logits that forward gave (what the last pipeline stage computes)."""
-        total = cross_entropy_sum(logits.flatten(0, 1), batch["targets"].flatten(), label_smoothing)
+        targets = batch["targets"].flatten()
+        total = self.vocabulary.cross_entropy_sum(logits.flatten(0, 1), targets, label_smoothing)
         return {"lm": LossSum(total, self.count_targets(batch)["lm"])}
 
     def count_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,4 +106,8 @@ class GPT(nn.Module):
 
     def scores(self, batch: dict[str, Tensor]) -> dict[str, LossSum]:
         """What evaluation reports: the loss."""
-        return self.loss(batch)
+        return self.scores_of(self.forward_batch(batch), batch)
+
+    def scores_of(self, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, LossSum]:
+        """`scores` of logits that forward gave."""
+        return self.loss_of(logits, batch)

@@ -1,5 +1,8 @@
 """Layers shared by GPT and BERT, and what a loss is. Nothing here knows of ranks or devices.
 
+What a layout changes stands in attributes: the attention function, the number of the first head, the part of the
+positions that a dropout layer sees.
+
 Shapes: B batch (sequences), S sequence (tokens), H hidden size, A heads, D = H / A head size, F feed-forward width.
 """
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import ModelConfig
+from disttrain.models.dropout import Dropout, Keys, WeightDropout, at_site
 
 UNFUSED_SEQUENCE = 512
 """Longest sequence, in tokens, for which half-precision attention on a CPU is computed by plain products."""
@@ -33,24 +37,27 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V for [B, A, S, D]; mask is bool [B, S] over keys.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: WeightDropout | None
+) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V for [B, A, S, D]; mask is bool [B, S] over keys; dropout falls on the weights.
 
-    Through torch's scaled_dot_product_attention, save for half precision on a CPU up to 512 tokens: there its kernel
-    multiplies in float32 and the plain products are two to four times faster, backward included. Those keep the
-    scores in half precision and the softmax's sums in float32, as Megatron-LM's and Hugging Face's unfused attention.
-    Raises ValueError for a mask beside causal.
+    Through torch's scaled_dot_product_attention, save for two cases that multiply plainly: dropout, whose masks are
+    ours, and half precision on a CPU up to 512 tokens, where torch's kernel multiplies in float32 and plain products
+    are two to four times faster, backward included. Those keep the scores in half precision and the softmax's sums in
+    float32, as Megatron-LM's and Hugging Face's unfused attention. Raises ValueError for a mask beside causal.
     """
     if mask is not None and causal:
         raise ValueError("attention takes either a mask or causal, not both")
-    if query.device.type == "cpu" and query.dtype.itemsize == 2 and query.shape[2] <= UNFUSED_SEQUENCE:
+    half = query.device.type == "cpu" and query.dtype.itemsize == 2 and query.shape[2] <= UNFUSED_SEQUENCE
+    if dropout is not None or half:
         return _attend_unfused(query, key, value, mask, causal, dropout)
     keys = None if mask is None else mask[:, None, None, :]
-    return F.scaled_dot_product_attention(query, key, value, keys, dropout_p=dropout, is_causal=causal)
+    return F.scaled_dot_product_attention(query, key, value, keys, is_causal=causal)
 
 
 def _attend_unfused(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: WeightDropout | None
 ) -> Tensor:
     batch, heads, sequence, size = query.shape
     hidden = torch.zeros(1, sequence, dtype=torch.bool, device=query.device)
@@ -60,8 +67,9 @@ def _attend_unfused(
         hidden = ~mask[:, None, :].repeat_interleave(heads, 0)
     bias = query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)
     query, key, value = (x.reshape(batch * heads, sequence, size) for x in (query, key, value))
-    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=1 / math.sqrt(size))
-    weights = F.dropout(scores.softmax(-1), dropout)
+    weights = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=1 / math.sqrt(size)).softmax(-1)
+    if dropout is not None:
+        weights = dropout.apply(weights.view(batch, heads, sequence, sequence)).flatten(0, 1)
     return torch.bmm(weights, value).view(batch, heads, sequence, size)
 
 
@@ -73,60 +81,81 @@ class Attention(nn.Module):
     is read from the projection's width, so a module that holds only some of the heads computes those.
     """
 
-    def __init__(self, config: ModelConfig, causal: bool):
+    def __init__(self, config: ModelConfig, causal: bool, site: int = 0):
         super().__init__()
         self.head_size = config.hidden_size // config.heads
         self.causal = causal
-        self.dropout = config.dropout
+        self.site, self.weight_dropout = site, config.dropout
+        self.first_head = 0
+        """Number of this module's first head among all heads of the layer."""
+        self.attend = attend
+        """What computes softmax(Q K^T) V: `attend`, or a function of its signature over split sequences."""
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(config.dropout, site + 1)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, S, H] -> [B, S, H]; mask is bool [B, S], True where a key may be attended to."""
-        batch, sequence = x.shape[:2]
-        query, key, value = self.qkv(x).view(batch, sequence, -1, 3, self.head_size).transpose(1, 2).unbind(3)
-        dropout = self.dropout if self.training else 0.0
-        y = attend(query, key, value, mask, self.causal, dropout)
-        y = self.out(y.transpose(1, 2).reshape(batch, sequence, -1))
-        return F.dropout(y, self.dropout, self.training)
+    def forward(self, x: Tensor, mask: Tensor | None = None, keys: Keys | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H]; mask is bool [B, S], True where a key may be attended to; keys are dropout's."""
+        rows = self.qkv(x)
+        query, key, value = rows.view(*rows.shape[:2], -1, 3, self.head_size).transpose(1, 2).unbind(3)
+        y = self.attend(query, key, value, mask, self.causal, self._weight_dropout(query, keys))
+        return self.dropout(self.out(y.transpose(1, 2).flatten(2)), keys)
+
+    def _weight_dropout(self, query: Tensor, keys: Keys | None) -> WeightDropout | None:
+        if not self.training or self.weight_dropout == 0:
+            return None
+        if keys is None or keys.seeds is None:
+            raise ValueError(f"dropout={self.weight_dropout} while training needs keys: the batch has no dropout_seeds")
+        heads = torch.arange(self.first_head, self.first_head + query.shape[1], device=query.device)
+        rows = at_site(keys.seeds, self.site)
+        return WeightDropout(self.weight_dropout, rows, heads, keys.positions, keys.positions)
 
 
 class MLP(nn.Module):
     """Two linear layers with GELU between them (Hendrycks and Gimpel 2016), tanh form for GPT-2, erf form for BERT."""
 
-    def __init__(self, config: ModelConfig, gelu: Literal["tanh", "none"]):
+    def __init__(self, config: ModelConfig, gelu: Literal["tanh", "none"], site: int = 0):
         super().__init__()
         shape = shape_of(config)
         self.gelu = gelu
-        self.dropout = config.dropout
         self.up = nn.Linear(shape.hidden_size, shape.ffn_hidden_size)
         self.down = nn.Linear(shape.ffn_hidden_size, shape.hidden_size)
+        self.dropout = Dropout(config.dropout, site)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
-        return F.dropout(self.down(F.gelu(self.up(x), approximate=self.gelu)), self.dropout, self.training)
+    def forward(self, x: Tensor, keys: Keys | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H]; keys are dropout's."""
+        return self.dropout(self.down(F.gelu(self.up(x), approximate=self.gelu)), keys)
 
 
 class Block(nn.Module):
     """One transformer layer; causal = GPT's (pre-norm, tanh GELU), otherwise BERT's (post-norm, erf GELU)."""
 
-    def __init__(self, config: ModelConfig, causal: bool):
+    def __init__(self, config: ModelConfig, causal: bool, number: int = 0):
         super().__init__()
         self.pre_norm = causal
+        site = 1 + 3 * number
         self.attn_norm = layer_norm(config)
-        self.attn = Attention(config, causal)
+        self.attn = Attention(config, causal, site)
         self.mlp_norm = layer_norm(config)
-        self.mlp = MLP(config, "tanh" if causal else "none")
+        self.mlp = MLP(config, "tanh" if causal else "none", site + 2)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, S, H] -> [B, S, H]; mask as in Attention."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, keys: Keys | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H]; mask and keys as in Attention."""
         if self.pre_norm:
-            x = x + self.attn(self.attn_norm(x), mask)
-            return x + self.mlp(self.mlp_norm(x))
-        x = self.attn_norm(x + self.attn(x, mask))
-        return self.mlp_norm(x + self.mlp(x))
+            x = x + self.attn(self.attn_norm(x), mask, keys)
+            return x + self.mlp(self.mlp_norm(x), keys)
+        x = self.attn_norm(x + self.attn(x, mask, keys))
+        return self.mlp_norm(x + self.mlp(x, keys))
 
 
 def blocks(config: ModelConfig, causal: bool) -> nn.ModuleDict:
     """All blocks by number; a pipeline stage deletes keys and the names of the others stay."""
-    return nn.ModuleDict({str(i): Block(config, causal) for i in range(config.layers)})
+    return nn.ModuleDict({str(i): Block(config, causal, i) for i in range(config.layers)})
+
+
+def keys_of(batch: dict[str, Tensor], x: Tensor) -> Keys:
+    """Positions of a batch (0, 1, ... where it names none) and its dropout seeds; x is int64 [B, S] or [B, S, H]."""
+    positions = batch.get("positions")
+    if positions is None:
+        positions = torch.arange(batch["tokens"].shape[1], device=x.device)
+    return Keys(batch.get("dropout_seeds"), positions)
