@@ -42,6 +42,7 @@ def random_batch(model: ModelConfig, sequences: int, length: int, predicted: int
         "token_types": torch.zeros_like(tokens),
         "attention_mask": torch.ones_like(tokens, dtype=torch.bool),
         "next_sentence": torch.zeros(sequences, dtype=torch.int64),
+        "dropout_seeds": torch.arange(sequences),
     }
 
 

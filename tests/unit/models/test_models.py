@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from disttrain.config.schema import ModelConfig
 from disttrain.models import BERT, FAMILIES, GPT, build_model, layers
+from disttrain.models.dropout import WeightDropout
 from disttrain.models.layers import attend
 
 B, S, V = 3, 12, 50
@@ -45,6 +46,7 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
         "token_types": (torch.arange(S) > 4).long().expand(B, S).contiguous(),
         "attention_mask": mask,
         "next_sentence": torch.tensor([0, 1, -100]),
+        "dropout_seeds": torch.tensor([11, 12, 13]),
     }
 
 
@@ -124,7 +126,6 @@ def test_dropout_acts_in_training_only(family: str):
     data = batch()
 
     def loss(of: nn.Module) -> float:
-        torch.manual_seed(1)
         return sum(part.sum for part in of.loss(data).values()).item()  # pyright: ignore
 
     assert loss(model.train()) != loss(plain.train())
@@ -230,14 +231,14 @@ def test_plain_products_equal_fused_attention(causal: bool, masked: bool, monkey
     """In bfloat16 on a CPU, values and gradients are within rounding of float64."""
     if causal and masked:
         with pytest.raises(ValueError, match="either"):
-            attend(*torch.zeros(3, 1, 1, 2, 4), torch.ones(1, 2, dtype=torch.bool), True, 0.0)
+            attend(*torch.zeros(3, 1, 1, 2, 4), torch.ones(1, 2, dtype=torch.bool), True, None)
         return
     mask = batch()["attention_mask"] if masked else None
     qkv = torch.randn(3, B, 4, S, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).bfloat16()
 
     def run(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         x = qkv.detach().to(dtype, copy=True).requires_grad_()
-        y = attend(*x, mask, causal, 0.0)
+        y = attend(*x, mask, causal, None)
         y.square().sum().backward()
         assert x.grad is not None
         return y.double(), x.grad.double()
@@ -253,12 +254,23 @@ def test_plain_products_equal_fused_attention(causal: bool, masked: bool, monkey
     assert len(used) == 1
 
 
-def test_plain_products_drop_attention_weights():
-    query = torch.randn(1, 1, 256, 8).bfloat16()
-    value = torch.ones(1, 1, 256, 8).bfloat16()
-    torch.manual_seed(0)
-    y = attend(query, query, value, None, False, 0.5).float()
-    assert y.std() > 0.01 and y.mean().item() == pytest.approx(1, abs=0.1)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_weights_are_dropped(dtype: torch.dtype):
+    """Against the definition: softmax, times the factors, times V."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 16, 8, generator=generator, dtype=torch.float64).to(dtype).unbind(0)
+    positions = torch.arange(16)
+    dropout = WeightDropout(0.5, torch.tensor([5, 6]), torch.arange(4), positions, positions)
+    weights = (query.double() @ key.double().transpose(2, 3) / 8**0.5).softmax(-1) * dropout.factors(torch.float64)
+    found = attend(query, key, value, None, False, dropout).double()
+    torch.testing.assert_close(found, weights @ value.double(), rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-2)
+
+
+def test_dropout_without_seeds_is_refused():
+    data = batch()
+    del data["dropout_seeds"]
+    with pytest.raises(ValueError, match="dropout_seeds"):
+        build_model(config("gpt", dropout=0.3), seed=0).loss(data)
 
 
 def test_unresolved_shapes_are_refused():
