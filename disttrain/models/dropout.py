@@ -107,13 +107,13 @@ def _mix(x: Tensor) -> Tensor:
 def _kept(rows: Tensor, columns: Tensor, p: float) -> Tensor:
     """Mixed int64 rows [...] and columns [C] -> bool [..., C], False with probability p.
 
-    Adding a shifted copy, where hashes usually xor one, saves the mask that makes a signed shift logical.
+    The shifts are arithmetic, so x and ~x meet in the same hash: harmless here, and it saves a mask each.
     """
     x = (rows >> 32).to(torch.int32)[..., None] ^ (columns >> 32).to(torch.int32)
     x *= 0x7FEB352D
-    x += x >> 16
+    x ^= x >> 16
     x *= 0x2C1B3C6D
-    x += x >> 15
+    x ^= x >> 15
     x *= 0x297A2D39
     return x >= min(round(p * (1 << 32)) - (1 << 31), (1 << 31) - 1)
 
