@@ -1,23 +1,33 @@
 """What each engine can combine: data, read by `check` and held to by a contract test. No torch.
 
-A row names, for each feature that an engine carries out, the settings it accepts. Whatever a config asks beyond its
-engine's row is refused before anything starts.
+A row names, for each feature that not every engine carries out, the settings it accepts. Whatever a config asks beyond
+its engine's row is refused before anything starts. What contradicts itself on every engine is
+`disttrain.config.layout_checks`'s; what a pipeline schedule can take is `disttrain.stages`'s.
 """
 
-from disttrain.config.checks import given
+from typing import Literal
+
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
+from disttrain.config.settings import setting
 
-ENGINES: dict[str, dict[str, tuple]] = {
+ANY: Literal["any"] = "any"
+"""Every value that the schema allows."""
+
+ENGINES: dict[str, dict[str, tuple | Literal["any"]]] = {
     "native": {
-        "precision": ("auto", "fp32", "bf16", "fp16", "fp64"),
-        "parallel.tensor": (1,),
-        "parallel.sequence": (False,),
-        "parallel.pipeline": (1,),
-        "parallel.context": (1,),
-        "parallel.zero": (0,),
-        "parallel.replicate": (1,),
-        "parallel.recompute": ("none",),
+        "precision": ANY,
+        "run.compile": ANY,
+        "parallel.tensor": ANY,
+        "parallel.sequence": ANY,
+        "parallel.pipeline": ANY,
+        "parallel.schedule": ANY,
+        "parallel.context": ANY,
+        "parallel.context_method": ANY,
+        "parallel.zero": ANY,
+        "parallel.replicate": ANY,
+        "parallel.offload": ANY,
+        "parallel.recompute": ANY,
         "compression.codec": ("none",),
     },
 }
@@ -33,13 +43,8 @@ def missing(config: Config) -> list[Problem]:
         value: object = config
         for part in key.split("."):
             value = getattr(value, part)
-        if value not in accepted:
-            message = f"engine {config.engine} cannot do {key}={value}"
+        if accepted != ANY and value not in accepted:
+            message = f"engine {config.engine} cannot do {setting(config, key)}"
             fix = f"use {key}={' or '.join(str(v).lower() if isinstance(v, bool) else str(v) for v in accepted)}"
-            problems.append(Problem((f"engine={config.engine}", f"{key}={value}"), message, fix))
-    if config.parallel.pipeline == 1 and given(config, "parallel.schedule"):
-        settings = (f"parallel.schedule={config.parallel.schedule}", "parallel.pipeline=1")
-        problems.append(
-            Problem(settings, "a pipeline schedule has no effect without stages", "remove parallel.schedule")
-        )
+            problems.append(Problem((f"engine={config.engine}", setting(config, key)), message, fix))
     return problems

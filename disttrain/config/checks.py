@@ -2,24 +2,12 @@
 
 from collections.abc import Iterator
 
+from disttrain.config.layout_checks import layout_problems
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
+from disttrain.config.settings import given, no_effect, setting
 
-
-def setting(config: Config, key: str) -> str:
-    """A setting as the user would write it, ``model.heads=5``."""
-    value: object = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return f"{key}={text}"
-
-
-def given(config: Config, key: str) -> bool:
-    """Whether the user asked for something here: a value other than the default (which a saved config writes out)."""
-    section, name = key.split(".")
-    model = getattr(config, section)
-    return getattr(model, name) != type(model).model_fields[name].get_default(call_default_factory=True)
+__all__ = ["given", "micro_batches", "setting", "total_steps", "validate"]
 
 
 def total_steps(config: Config) -> int | None:
@@ -34,7 +22,7 @@ def total_steps(config: Config) -> int | None:
 def validate(config: Config, world_size: int) -> list[Problem]:
     """Every contradiction between settings, for a run on this many ranks."""
     checks = (_model(config), _batch(config, world_size), _length(config), _optimizer(config), _ignored(config))
-    return [problem for check in checks for problem in check]
+    return [*(problem for check in checks for problem in check), *layout_problems(config, world_size)]
 
 
 def _model(config: Config) -> Iterator[Problem]:
@@ -55,19 +43,22 @@ def _model(config: Config) -> Iterator[Problem]:
         )
 
 
+def micro_batches(config: Config, world_size: int) -> int | None:
+    """Micro-batches of one data rank in a step; None where ranks, batch and micro-batch do not divide evenly."""
+    parallel, train = config.parallel, config.train
+    data_ranks, rest = divmod(world_size, parallel.tensor * parallel.pipeline * parallel.context)
+    if rest or data_ranks == 0 or train.global_batch_size % data_ranks:
+        return None
+    share = train.global_batch_size // data_ranks
+    count, rest = divmod(share, train.micro_batch_size or share)
+    return None if rest else count
+
+
 def _batch(config: Config, world_size: int) -> Iterator[Problem]:
     parallel, train = config.parallel, config.train
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    copies = model_ranks * parallel.replicate
-    if world_size % copies:
-        yield Problem(
-            (f"world size {world_size}", *(setting(config, f"parallel.{axis}") for axis in
-                                           ("tensor", "pipeline", "context", "replicate"))),
-            f"tensor x pipeline x context x replicate = {copies} does not divide the number of ranks",
-            f"start a multiple of {copies} ranks or make the parallel sizes smaller",
-        )  # fmt: skip
-        return
-    data_ranks = world_size // model_ranks
+    data_ranks, rest = divmod(world_size, parallel.tensor * parallel.pipeline * parallel.context)
+    if rest or data_ranks == 0:
+        return  # the layout does not fit the ranks, which is said elsewhere
     if train.global_batch_size % data_ranks:
         up = -(-train.global_batch_size // data_ranks) * data_ranks
         yield Problem(
@@ -118,9 +109,9 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             "give optim.warmup_steps, for example 100",
         )
     if given(config, "optim.decay_fraction") and optim.schedule != "wsd":
-        yield _no_effect(config, "optim.decay_fraction", "optim.schedule", "optim.schedule=wsd")
+        yield no_effect(config, "optim.decay_fraction", "optim.schedule", "optim.schedule=wsd")
     if given(config, "optim.min_lr_ratio") and optim.schedule in ("constant", "inverse_sqrt"):
-        yield _no_effect(config, "optim.min_lr_ratio", "optim.schedule", "optim.schedule=cosine, linear or wsd")
+        yield no_effect(config, "optim.min_lr_ratio", "optim.schedule", "optim.schedule=cosine, linear or wsd")
     scale = config.loss_scale
     if scale.minimum > scale.initial:
         yield Problem(
@@ -138,15 +129,6 @@ def _optimizer(config: Config) -> Iterator[Problem]:
 
 
 def _ignored(config: Config) -> Iterator[Problem]:
-    if config.parallel.sequence and config.parallel.tensor == 1:
-        yield _no_effect(config, "parallel.sequence", "parallel.tensor", "parallel.tensor=2 or more")
-    if config.parallel.replicate > 1 and config.parallel.zero == 0:
-        yield _no_effect(config, "parallel.replicate", "parallel.zero", "parallel.zero=1, 2 or 3")
     for key in ("log.wandb_project", "log.wandb_mode"):
         if given(config, key) and not config.log.wandb:
-            yield _no_effect(config, key, "log.wandb", "log.wandb=true")
-
-
-def _no_effect(config: Config, key: str, because: str, fix: str) -> Problem:
-    settings = (setting(config, key), setting(config, because))
-    return Problem(settings, "this setting has no effect here", f"remove {key} or use {fix}")
+            yield no_effect(config, key, "log.wandb", "log.wandb=true")

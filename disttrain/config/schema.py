@@ -12,6 +12,9 @@ Family = Literal["gpt", "bert"]
 Corpus = Literal["python-docs", "text", "hf", "tokens"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 Schedule = Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"]
+PipelineSchedule = Literal[
+    "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
+]
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -39,6 +42,8 @@ class RunConfig(Section):
     """Use torch's deterministic algorithms only (slower on a GPU)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device type; auto takes CUDA where there is a GPU."""
+    compile: bool = False
+    """Compile every block with torch.compile: the first steps take long, the others less."""
 
 
 class ModelConfig(Section):
@@ -187,21 +192,29 @@ class ParallelConfig(Section):
     """Sizes of the mesh; what is left of the world is data-parallel."""
 
     tensor: Positive = 1
-    """Tensor-parallel ranks."""
+    """Ranks that share every matrix: heads, feed-forward features and vocabulary (Shoeybi et al. 2019)."""
     sequence: bool = False
-    """Sequence parallelism beside tensor parallelism."""
+    """Split what lies between the matrices by positions over the tensor ranks (Korthikanti et al. 2022)."""
     pipeline: Positive = 1
-    """Pipeline stages."""
-    schedule: str = "1f1b"
-    """Pipeline schedule."""
+    """Ranks that share the layers; each holds one stage, or virtual_stages of them."""
+    schedule: PipelineSchedule = "1f1b"
+    """Order of the micro-batches in the pipeline (`disttrain.stages` names the papers)."""
+    virtual_stages: Positive | None = None
+    """Stages that a rank holds: 2 when not given, for interleaved_1f1b, looped_bfs and interleaved_zero_bubble. Always
+    2 for zbv and dualpipev, always 1 for gpipe and 1f1b."""
     context: Positive = 1
-    """Context-parallel ranks."""
+    """Ranks that share every sequence; a GPT's is cut into 2 x context chunks, which balances causal attention."""
+    context_method: Literal["ring", "ulysses"] = "ring"
+    """How attention looks across the ranks that share a sequence: keys and values go round (ring, Liu et al. 2023), or
+    positions are exchanged for heads (ulysses, Jacobs et al. 2023)."""
     zero: Annotated[int, Field(ge=0, le=3)] = 0
-    """ZeRO stage: 0 replicates, 1 shards the optimizer, 2 gradients too, 3 parameters too."""
+    """ZeRO stage: 0 replicates, 1 shards the optimizer, 2 gradients too, 3 parameters too; over data x context ranks."""
     replicate: Positive = 1
     """Replicas of the sharded group (HSDP)."""
+    offload: bool = False
+    """Keep what ZeRO shards in host memory and update it there."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation checkpointing."""
+    """Activations computed again in the backward pass: none, those inside attention, or whole blocks."""
 
 
 class CompressionConfig(Section):
