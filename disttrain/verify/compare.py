@@ -1,0 +1,165 @@
+"""What differs between a layout and one process: every quantity by phase, in the order in which causes have effects."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PHASES = ("run", "initial_weights", "counts", "forward", "gradients", "grad_norm", "skip", "clip", "weights", "replicas",
+          "evaluation", "checkpoint", "resume", "reshard")  # fmt: skip
+"""Phases of a step and of what follows training, causes before effects.
+
+run: the layout raises or does not finish. replicas: copies of weights that must be equal on several ranks. checkpoint:
+what the layout wrote, read by one process. resume: a fresh engine goes on from it. reshard: a fresh engine goes on from
+the checkpoint of one process.
+"""
+
+EXACT = 1e-10
+"""Largest relative error in float64."""
+
+SMALL_TENSOR = 1e-3
+"""A tensor's error is taken relative to its largest element plus this share of the largest element of all tensors.
+
+Some gradients are zero but for rounding (softmax does not see a constant added to every key); their rounding errors
+are relative to the terms that cancel, which are of the size of the other gradients.
+"""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One quantity under the layout beside that of one process."""
+
+    phase: str
+    step: int
+    """Optimizer step, counted from 1; 0 is before training."""
+    name: str
+    """Full name of a parameter, or of a number."""
+    error: float
+    """Relative to the largest element of the reference."""
+    bound: float
+    """Largest error that passes."""
+    ours: float
+    """At the element that differs most."""
+    expected: float
+    ratio: float | None = None
+    """What the reference was multiplied by, where one factor explains the whole tensor."""
+    note: str = ""
+    """On which rank, or which part of the phase."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is more than rounding."""
+        return not self.error <= self.bound
+
+    @property
+    def excess(self) -> float:
+        """Error in units of the bound."""
+        if self.error == 0:
+            return 0.0
+        return math.inf if math.isnan(self.error) or self.bound == 0 else self.error / self.bound
+
+
+@dataclass
+class Ledger:
+    """Errors of one run, as they come; `label` files everything that follows under one phase."""
+
+    bound: Callable[[str, int, str], float]
+    """Largest error that passes, of (phase, step, name)."""
+    label: str | None = None
+    worst: dict[str, Difference] = field(default_factory=dict)
+    """The largest error of each phase."""
+    errors: dict[tuple[str, int, str], float] = field(default_factory=dict)
+    failures: list[Difference] = field(default_factory=list)
+
+    def tensors(
+        self, phase: str, step: int, ours: Mapping[str, Tensor], expected: Mapping[str, Tensor],
+        tied: Mapping[str, str], note: str = "",
+    ) -> None:  # fmt: skip
+        """Compare whole tensors by full name. A tied name may be missing, and is compared with its source's."""
+        largest = max((float(t.abs().max()) for t in expected.values() if t.numel()), default=0.0)
+        for name, value in expected.items():
+            if name in ours:
+                self._add(_compare(ours[name], value, largest), phase, step, name, note)
+            elif name not in tied:
+                self._add((math.inf, math.nan, math.nan, None), phase, step, name, "it is missing")
+        for name in ours.keys() - expected.keys():
+            source = expected.get(tied.get(name, ""))
+            found = (math.inf, math.nan, math.nan, None) if source is None else _compare(ours[name], source, largest)
+            self._add(found, phase, step, name, note if source is not None else "one process has no such parameter")
+
+    def number(self, phase: str, step: int, name: str, ours: float, expected: float, note: str = "") -> None:
+        """Compare a number; two that are not finite are equal."""
+        if not math.isfinite(expected) or not math.isfinite(ours):
+            error = 0.0 if math.isfinite(expected) == math.isfinite(ours) else math.inf
+        else:
+            error = abs(ours - expected) / (abs(expected) + 1e-30)
+        ratio = ours / expected if expected and math.isfinite(ours) else None
+        self._add((error, ours, expected, ratio), phase, step, name, note)
+
+    def exact(self, phase: str, step: int, name: str, ours: Any, expected: Any, note: str = "") -> None:
+        """Compare what must be equal to the bit: counts, decisions, scales."""
+        got, want = (math.nan if x is None else float(x) for x in (ours, expected))
+        ratio = got / want if want and math.isfinite(got) else None
+        self._add((0.0 if ours == expected else math.inf, got, want, ratio), phase, step, name, note)
+
+    def fail(self, phase: str, step: int, name: str, note: str) -> None:
+        """Something is wrong that is no number."""
+        self._add((math.inf, math.nan, math.nan, None), phase, step, name, note)
+
+    def _add(
+        self, found: tuple[float, float, float, float | None], phase: str, step: int, name: str, note: str
+    ) -> None:
+        error, ours, expected, ratio = found
+        if self.label is not None:
+            phase, note = self.label, ", ".join(filter(None, (phase.replace("_", " "), note)))
+        difference = Difference(phase, step, name, error, self.bound(phase, step, name), ours, expected, ratio, note)
+        key = (phase, step, name)
+        self.errors[key] = max(self.errors.get(key, 0.0), error)
+        known = self.worst.get(phase)
+        if known is None or difference.excess > known.excess:
+            self.worst[phase] = difference
+        if difference.failed:
+            self.failures.append(difference)
+
+
+def first_of(failures: Iterable[Difference]) -> list[Difference]:
+    """The failures of the earliest phase of the earliest step, the worst one first; empty when there are none."""
+    ordered = sorted(failures, key=lambda d: (_place(d), -_size(d.error)))
+    return [d for d in ordered if _place(d) == _place(ordered[0])]
+
+
+def _place(difference: Difference) -> tuple[bool, int, int]:
+    order = PHASES.index(difference.phase)
+    after_training = order >= PHASES.index("evaluation")
+    return after_training, 0 if after_training else difference.step, order
+
+
+def _size(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def _compare(ours: Tensor, expected: Tensor, largest: float) -> tuple[float, float, float, float | None]:
+    """(relative error, both values where they differ most, common factor) of two whole tensors."""
+    if ours.shape != expected.shape:
+        return math.inf, math.nan, math.nan, None
+    if expected.numel() == 0:
+        return 0.0, math.nan, math.nan, None
+    ours, expected = ours.detach().double().flatten(), expected.detach().double().flatten()
+    difference = (ours - expected).abs()
+    at = int(difference.nan_to_num(math.inf, math.inf).argmax())
+    scale = float(expected.abs().max()) + SMALL_TENSOR * largest + 1e-30
+    error = float(difference[at]) / scale
+    return (math.inf if math.isnan(error) else error), float(ours[at]), float(expected[at]), _factor(ours, expected)
+
+
+def _factor(ours: Tensor, expected: Tensor) -> float | None:
+    """The number that turns expected into ours, when there is one."""
+    square = float(expected @ expected)
+    if square == 0 or not bool(ours.isfinite().all()):
+        return None
+    factor = float(ours @ expected) / square
+    rest = float((ours - factor * expected).abs().max()) / float(expected.abs().max())
+    return factor if rest < 1e-6 and torch.isfinite(torch.tensor(factor)) else None

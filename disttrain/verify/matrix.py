@@ -1,0 +1,98 @@
+"""Which layouts to verify: every legal one, a dozen that show each feature once, or a sample. No torch."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import get_args
+
+from disttrain.config.schema import Config, ParallelConfig
+from disttrain.verify.layouts import Layout, parse
+
+MAX_WORLD = 8
+
+SMALL = (
+    "full.mb2 on 1", "selective on 1",
+    "dp2.mb1 on 2", "tp2 on 2", "tp2.sp.mb4 on 2", "cp2-ring on 2", "cp2-ulysses.mb2 on 2",
+    "pp2-1f1b.mb2 on 2", "pp2-gpipe.mb4 on 2", "pp2-interleaved_1f1b.mb2 on 2", "pp2-zbv.mb2 on 2",
+    "dp2.zero1 on 2", "dp2.zero2.mb2 on 2", "dp2.zero3.full on 2", "dp4.zero2.rep2 on 4", "tp4.sp on 4",
+    "tp2.sp.pp2-1f1b.dp2.zero1.mb2 on 8", "tp2.pp2-interleaved_1f1b.cp2-ring.mb2 on 8",
+    "tp2.sp.cp2-ulysses.dp2.zero3.selective on 8", "pp2-1f1b.cp2-ring.dp2.zero2.mb1 on 8",
+)  # fmt: skip
+"""Each feature once, and four combinations on 8 ranks. Those that a model does not allow are left out."""
+
+
+def small_matrix(config: Config, max_world: int = MAX_WORLD) -> list[Layout]:
+    """About a dozen and a half layouts: each feature once, and combinations on 8 ranks, as far as they are legal."""
+    return [x for x in map(parse, SMALL) if x.world <= max_world and not x.problems(config)]
+
+
+def full_matrix(config: Config, max_world: int = MAX_WORLD) -> list[Layout]:
+    """Every legal combination of axis sizes, sequence parallelism, schedule, context method, ZeRO stage and replicas.
+
+    What changes no message between ranks (recomputation, micro-batch, offload) is not multiplied with these but goes
+    round, each combination taking the next variant that is legal for it.
+    """
+    layouts = []
+    for base in _combinations(max_world):
+        variants = list(_variants(config, base))
+        turn = len(layouts) % len(variants)
+        legal = (v for v in variants[turn:] + variants[:turn] if not v.problems(config))
+        if (layout := next(legal, None)) is not None:
+            layouts.append(layout)
+    return layouts
+
+
+def enumerate_layouts(config: Config, max_world: int = MAX_WORLD) -> Iterator[Layout]:
+    """Every legal layout on up to `max_world` ranks: thousands, the smaller worlds first."""
+    for base in _combinations(max_world):
+        for layout in _variants(config, base):
+            if not layout.problems(config):
+                yield layout
+
+
+def sample(layouts: Sequence[Layout], count: int, seed: int) -> list[Layout]:
+    """`count` different layouts, the same for the same seed, in their given order."""
+    chosen = random.Random(seed).sample(range(len(layouts)), min(count, len(layouts)))
+    return [layouts[i] for i in sorted(chosen)]
+
+
+def _combinations(max_world: int) -> Iterator[Layout]:
+    """All combinations of what decides who sends what to whom, legal or not."""
+    schedules = _choices("schedule")
+    for world in range(1, max_world + 1):
+        for tensor, pipeline, context in product(_divisors(world), repeat=3):
+            if world % (tensor * pipeline * context):
+                continue
+            data = world // (tensor * pipeline * context)
+            axes = product(
+                (False, True) if tensor > 1 else (False,),
+                schedules if pipeline > 1 else schedules[:1],
+                _choices("context_method") if context > 1 else ("ring",),
+                (0, 1, 2, 3) if data * context > 1 else (0,),
+                _divisors(data),
+            )
+            for sequence, schedule, method, zero, replicate in axes:
+                if zero == 0 and replicate > 1:
+                    continue
+                yield Layout(world, tensor, sequence, pipeline, schedule if pipeline > 1 else "1f1b", None,
+                             context, method, zero, replicate)  # fmt: skip
+
+
+def _variants(config: Config, base: Layout) -> Iterator[Layout]:
+    """The same messages with every recomputation, several micro-batches and offload."""
+    share = config.train.global_batch_size // base.data
+    sizes: list[int | None] = [size for size in (2, 1, 4) if size < share and share % size == 0]
+    for recompute, micro_batch, offload in product(
+        ("none", "full", "selective"), [*sizes, None], (False, True) if base.zero else (False,)
+    ):
+        yield replace(base, recompute=recompute, micro_batch=micro_batch, offload=offload)
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    """The values the schema lists for a setting under `parallel`."""
+    return get_args(ParallelConfig.model_fields[name].annotation)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

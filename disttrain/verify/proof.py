@@ -1,0 +1,182 @@
+"""Layouts compared with one process: references, noise floors, and one layout at a time on forked ranks."""
+
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from disttrain.config.load import with_values
+from disttrain.config.schema import Config, Precision
+from disttrain.models import FAMILIES
+from disttrain.verify.batches import Batches
+from disttrain.verify.compare import EXACT, Difference, first_of
+from disttrain.verify.findings import Finding, explain
+from disttrain.verify.layouts import Layout
+from disttrain.verify.plan import HUNG, OVERFLOW, config_hash
+from disttrain.verify.ranks import RanksFailed, run_ranks
+from disttrain.verify.trace import Comparison, Plant, Reference, compare, record
+
+MULTIPLE = 4.0
+"""In less than float64 a layout's error may be this many times the noise floor."""
+
+FLOOR_MICRO_BATCHES = (None, 4, 1)
+"""Micro-batches of the one-process runs whose errors against float64 are the noise floor."""
+
+Bound = Callable[[str, int, str], float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One layout."""
+
+    layout: Layout
+    equal: bool
+    worst: dict[str, Difference]
+    """Largest error of each phase that was reached."""
+    failures: list[Difference]
+    """Of the first phase that differs, the worst first."""
+    seconds: float
+    error: str = ""
+    """What the ranks said, when they raised or hung."""
+    finding: Finding | None = None
+
+
+@dataclass
+class Proof:
+    """A config as `plan.proof_config` gives it, its batches, and what one process does with them."""
+
+    config: Config
+    batches: Batches
+    precision: Precision = "fp64"
+    plant: Plant | None = None
+    """A fault planted in every layout, never in the reference (tests)."""
+    timeout_s: float | None = None
+    """Seconds a layout may take; from the reference's time when not given."""
+    _references: dict[str, tuple[Config, Reference, Bound]] = field(default_factory=dict)
+    _folder: Path | None = None
+
+    def __enter__(self) -> "Proof":
+        """Make room for checkpoints."""
+        self._folder = Path(tempfile.mkdtemp(prefix="disttrain-verify-"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Remove them."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints go while the proof is open. Raises ValueError when it is not."""
+        if self._folder is None:
+            raise ValueError("open the proof with `with`")
+        return self._folder
+
+    def reference(self, config: Config | None = None) -> tuple[Config, Reference, Bound]:
+        """(config with the clip threshold, one process in float64, bounds); made when first asked for."""
+        config = config or self.config
+        key = config_hash(config)
+        if key not in self._references:
+            self._references[key] = self._make_reference(config, key)
+        return self._references[key]
+
+    def verify(self, layout: Layout, config: Config | None = None) -> Verdict:
+        """Run a layout and compare it."""
+        config, reference, bound = self.reference(config)
+        return self._compare(config, reference, layout, bound, self.plant)
+
+    def explain(self, verdict: Verdict, command: str, bisect: bool = True) -> Finding:
+        """Why a layout is not equal; runs smaller layouts to find out what it takes."""
+        tied = FAMILIES[self.config.model.family].tied
+
+        def fails(layout: Layout, config: Config) -> list[Difference]:
+            return self.verify(layout, config).failures
+
+        names = frozenset([*tied.keys(), *tied.values()])
+        return explain(self.config, verdict.layout, verdict.failures, fails, names, command, bisect)
+
+    def _make_reference(self, config: Config, key: str) -> tuple[Config, Reference, Bound]:
+        exact = with_values(config, {"precision": "fp64"})
+        free = Layout().applied(with_values(exact, {"train.clip_grad_norm": None}))
+        folder = self.folder / key[:12]
+        (probe,) = run_ranks(record, 1, free, "fp64", self.batches, folder, timeout_s=3600)
+        chosen = {"train.clip_grad_norm": clip_threshold(probe)}
+        config, exact = with_values(config, chosen), Layout().applied(with_values(exact, chosen))
+        (reference,) = run_ranks(record, 1, exact, "fp64", self.batches, folder, timeout_s=3600)
+        if self.precision == "fp64":
+            return config, reference, exactly
+        floors: dict[tuple[str, int, str], float] = {}
+        for size in FLOOR_MICRO_BATCHES:
+            alone = Layout(micro_batch=size)
+            for name, error in self._run(config, reference, alone, unbounded, None).errors.items():
+                floors[name] = max(floors.get(name, 0.0), error)
+        return config, reference, noise_bound(floors)
+
+    def _compare(
+        self, config: Config, reference: Reference, layout: Layout, bound: Bound, plant: Plant | None
+    ) -> Verdict:
+        started = time.monotonic()
+        try:
+            found = self._run(config, reference, layout, bound, plant)
+        except RanksFailed as error:
+            name = HUNG if error.hung else last_line(next(iter(error.raised.values()), str(error)))
+            failure = Difference("run", 0, name, math.inf, 0.0, math.nan, math.nan)
+            seconds = time.monotonic() - started
+            return Verdict(layout, False, {"run": failure}, [failure], seconds, str(error))
+        failures = first_of(found.failures)
+        return Verdict(layout, not failures, found.worst, failures, time.monotonic() - started)
+
+    def _run(
+        self, config: Config, reference: Reference, layout: Layout, bound: Bound, plant: Plant | None
+    ) -> Comparison:
+        folder = self.folder / "layout"
+        applied = layout.applied(config)
+        cores = len(os.sched_getaffinity(0))
+        patience = self.timeout_s or 90 + 60 * reference.seconds * max(1.0, layout.world / cores)
+        try:
+            return run_ranks(
+                compare, layout.world, applied, self.precision, self.batches, reference, folder, bound, plant,
+                timeout_s=patience,
+            )[0]  # fmt: skip
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def exactly(phase: str, step: int, name: str) -> float:
+    """The bound in float64."""
+    return EXACT
+
+
+def unbounded(phase: str, step: int, name: str) -> float:
+    """The bound while noise is measured."""
+    return math.inf
+
+
+def noise_bound(floors: dict[tuple[str, int, str], float]) -> Bound:
+    """`MULTIPLE` times the noise of the quantity itself, or the median noise of its phase and step if that is more."""
+    groups: dict[tuple[str, int], list[float]] = {}
+    for (phase, step, _), error in floors.items():
+        groups.setdefault((phase, step), []).append(error)
+    typical = {group: statistics.median(errors) for group, errors in groups.items()}
+
+    def bound(phase: str, step: int, name: str) -> float:
+        return MULTIPLE * max(floors.get((phase, step, name), 0.0), typical.get((phase, step), 0.0))
+
+    return bound
+
+
+def clip_threshold(probe: Reference) -> float:
+    """Between the middle two gradient norms of the steps that are not skipped: some are clipped, some are not."""
+    norms = sorted(trace.ranks[0].norm for trace in probe.steps if trace.step != OVERFLOW)
+    middle = len(norms) // 2
+    return (norms[middle - 1] + norms[middle]) / 2
+
+
+def last_line(traceback: str) -> str:
+    """What a traceback says in the end."""
+    lines = [line.strip() for line in traceback.strip().splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no message"

@@ -1,0 +1,337 @@
+"""What one run does, step by step, on one process or under a layout: recorded once, compared ever after.
+
+Five optimizer steps. In step 3 one element of one gradient of the last rank becomes infinite: all ranks must skip it and
+halve the loss scale. After step 4 comes an evaluation and a checkpoint. Step 5 is done three times: straight on, by a
+fresh engine from the layout's own checkpoint, and by one from the checkpoint that one process wrote.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from disttrain import checkpoint
+from disttrain.config.schema import Config, Precision
+from disttrain.engines.native import NativeEngine
+from disttrain.mesh import build_mesh
+from disttrain.models import FAMILIES
+from disttrain.parallel.collectives import Traffic, gather_objects
+from disttrain.parallel.groups import Groups, make_groups
+from disttrain.precision import LossScale
+from disttrain.verify.batches import Batches, micro_batches
+from disttrain.verify.compare import Difference, Ledger
+from disttrain.verify.plan import OVERFLOW, SAVED, STEPS
+
+SCALE = LossScale(value=1024.0, growth_interval=2, minimum=1.0)
+"""Loss scale at the start: doubled before the overflow, halved by it, and half-way to doubling when it is saved."""
+
+
+@dataclass(frozen=True)
+class RankView:
+    """What one rank says about a step."""
+
+    losses: dict[str, float]
+    counts: dict[str, int]
+    norm: float
+    skipped: bool
+    scales: dict[str, float]
+
+
+@dataclass
+class StepTrace:
+    """What happened in one step."""
+
+    step: int
+    ranks: list[RankView]
+    gradients: dict[str, Tensor]
+    """Of the whole batch, unscaled, before clipping."""
+    clipped: dict[str, Tensor]
+    """As the optimizer met them; empty when the step was skipped. The reference keeps `factor` instead."""
+    weights: dict[str, Tensor]
+    unequal: dict[str, list[str]]
+    """Copies of a gradient and of a weight that differ between ranks."""
+    factor: float = math.nan
+    """Clip factor; NaN when the step was skipped."""
+
+
+@dataclass
+class Reference:
+    """One process, one micro-batch."""
+
+    tied: dict[str, str]
+    initial: dict[str, Tensor]
+    steps: list[StepTrace] = field(default_factory=list)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    checkpoint: Path = Path()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A layout beside the reference."""
+
+    worst: dict[str, Difference]
+    """Largest error of each phase that was reached."""
+    failures: list[Difference]
+    """Of the step or phase where the first one was met; comparing ends there."""
+    errors: dict[tuple[str, int, str], float]
+    seconds: float
+
+
+Plant = Callable[[], None]
+
+
+def record(rank: int, config: Config, precision: Precision, batches: Batches, folder: Path) -> Reference:
+    """The reference: run it as the only rank of a world. Its checkpoint goes below `folder`."""
+    started = time.monotonic()
+    observed = _Observed(rank, config, precision, batches, SCALE)
+    reference = Reference(observed.tied, observed.weights())
+    for step in range(1, STEPS + 1):
+        trace = observed.step(step)
+        trace.factor, trace.clipped = _clip_factor(trace), {}
+        reference.steps.append(trace)
+        if step == SAVED:
+            reference.evaluation = observed.evaluate()
+            reference.checkpoint = observed.save(folder)
+    observed.close()
+    reference.seconds = time.monotonic() - started
+    return reference
+
+
+def compare(
+    rank: int, config: Config, precision: Precision, batches: Batches, expected: Reference, folder: Path,
+    bound: Callable[[str, int, str], float], plant: Plant | None = None,
+) -> Comparison:  # fmt: skip
+    """One rank of a layout, compared with the reference as it goes; only rank 0's result counts.
+
+    `plant`, if given, is called first: a test's fault.
+    """
+    started = time.monotonic()
+    if plant is not None:
+        plant()
+    ledger = Ledger(bound)
+    for _ in _compare(rank, config, precision, batches, expected, folder, ledger):
+        if any(gather_objects(bool(ledger.failures))):
+            break
+    return Comparison(ledger.worst, ledger.failures, ledger.errors, time.monotonic() - started)
+
+
+def _compare(
+    rank: int, config: Config, precision: Precision, batches: Batches, expected: Reference, folder: Path,
+    ledger: Ledger,
+) -> Iterator[None]:  # fmt: skip
+    """Compare one thing after the other; yields after each, when it may be stopped."""
+    observed = _Observed(rank, config, precision, batches, SCALE)
+    initial, unequal = observed.weights(), observed.engine.disagreeing("weight")
+    if rank == 0:
+        ledger.tensors("initial_weights", 0, initial, expected.initial, expected.tied)
+        _unequal(ledger, "replicas", 0, unequal)
+    yield
+    for step in range(1, STEPS + 1):
+        _compare_step(ledger, observed, expected, step)
+        yield
+        if step == SAVED:
+            _compare_evaluation(ledger, gather_objects(observed.evaluate()), expected)
+            yield
+            path = observed.save(folder)
+            if rank == 0:
+                _compare_files(ledger, path, expected)
+            yield
+    observed.close()
+    for ledger.label, source in (("resume", path), ("reshard", expected.checkpoint)):
+        observed = _Observed(rank, config, precision, batches, None)
+        observed.load(source)
+        weights = observed.weights()
+        if rank == 0:
+            ledger.tensors("weights", SAVED, weights, expected.steps[SAVED - 1].weights, expected.tied, "as loaded")
+        _compare_step(ledger, observed, expected, STEPS)
+        observed.close()
+        yield
+
+
+def _compare_step(ledger: Ledger, observed: "_Observed", expected: Reference, step: int) -> None:
+    trace = observed.step(step)
+    if observed.groups.rank == 0:
+        compare_step(ledger, trace, expected.steps[step - 1], expected.tied)
+
+
+def _compare_evaluation(ledger: Ledger, evaluations: list[dict[str, float]], expected: Reference) -> None:
+    for rank, scores in enumerate(evaluations):
+        for name, value in expected.evaluation.items():
+            ledger.number("evaluation", SAVED, name, scores.get(name, math.nan), value, f"on rank {rank}")
+
+
+def compare_step(ledger: Ledger, ours: StepTrace, expected: StepTrace, tied: dict[str, str]) -> None:
+    """Enter every quantity of one step."""
+    step, (want,) = expected.step, expected.ranks
+    for rank, view in enumerate(ours.ranks):
+        at = f"on rank {rank}"
+        for name, count in want.counts.items():
+            ledger.exact("counts", step, name, view.counts.get(name), count, at)
+        for name, loss in want.losses.items():
+            ledger.number("forward", step, name, view.losses.get(name, math.nan), loss, at)
+        ledger.number("grad_norm", step, "grad_norm", view.norm, want.norm, at)
+        ledger.exact("skip", step, "skipped", view.skipped, want.skipped, at)
+        for name, scale in want.scales.items():
+            ledger.exact("skip", step, name, view.scales[name], scale, at)
+    ledger.tensors("gradients", step, ours.gradients, expected.gradients, tied)
+    if ours.clipped and math.isfinite(expected.factor):
+        clipped = {name: gradient * expected.factor for name, gradient in expected.gradients.items()}
+        ledger.tensors("clip", step, ours.clipped, clipped, tied)
+    ledger.tensors("weights", step, ours.weights, expected.weights, tied)
+    _unequal(ledger, "gradients", step, ours.unequal["gradient"])
+    _unequal(ledger, "replicas", step, ours.unequal["weight"])
+
+
+class _Observed:
+    """One rank's engine, watched."""
+
+    def __init__(
+        self, rank: int, config: Config, precision: Precision, batches: Batches, scale: LossScale | None
+    ) -> None:
+        self.config, self.batches, self.world = config, batches, dist.get_world_size()
+        mesh = build_mesh(config.parallel, self.world)
+        self.groups: Groups = make_groups(mesh, rank, "cpu", Traffic())
+        self.share = (mesh.data_rank(rank), mesh.data_ranks, config.train.micro_batch_size)
+        self.engine = NativeEngine(config, self.groups, torch.device("cpu"), precision)
+        if scale is not None:
+            self.engine.scale = scale
+        self.engine.watch = self._watch
+        self._watch_clipping()
+        self.tied: dict[str, str] = dict(FAMILIES[config.model.family].tied)
+        self._step = 0
+        self._gradients: dict[str, Tensor] = {}
+        self._clipped: dict[str, Tensor] = {}
+        self._unequal: list[str] = []
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole weights on rank 0."""
+        return {name: tensor.clone() for name, tensor in self.engine.gather("weight").items()}
+
+    def step(self, step: int) -> StepTrace:
+        """One optimizer step, with everything that can be seen of it."""
+        self._step, self._gradients, self._clipped = step, {}, {}
+        rate = self.config.optim.lr * (0.6 + 0.1 * step)
+        mine = micro_batches(self.batches.train[step - 1], *self.share)
+        result = self.engine.step(mine, step, rate)
+        after = self.engine.scale
+        view = RankView(
+            losses={name: float(loss.sum) / max(int(loss.count), 1) for name, loss in result.losses.items()},
+            counts={name: int(loss.count) for name, loss in result.losses.items()}
+            | {"tokens": int(result.tokens), "positions": result.positions},
+            norm=float(result.grad_norm),
+            skipped=result.skipped,
+            scales={
+                "loss_scale": result.loss_scale,
+                "next_loss_scale": after.value,
+                "good_steps": after.good_steps,
+            },
+        )
+        ranks = gather_objects(view)
+        unequal = {"gradient": self._unequal, "weight": self.engine.disagreeing("weight")}
+        return StepTrace(step, ranks, self._gradients, {} if result.skipped else self._clipped, self.weights(), unequal)
+
+    def evaluate(self) -> dict[str, float]:
+        """Means of every objective and score over the held-out batch."""
+        sums = self.engine.evaluate(micro_batches(self.batches.held_out, *self.share))
+        return {name: float(total) / max(float(count), 1.0) for name, (total, count) in sums.items()}
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint as training does."""
+        state = self.engine.state_dict()
+        trainer = {"step": self._step, "engine": state.pop("engine")}
+        return checkpoint.save(folder, self._step, state, trainer, keep=1)
+
+    def load(self, path: Path) -> None:
+        """Take over a checkpoint as training does."""
+        state = self.engine.state_dict()
+        del state["engine"]
+        trainer = checkpoint.load(path, state)
+        self.engine.load_state_dict({**state, "engine": trainer["engine"]})
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        self.engine.watch = None
+        self.engine.close()
+
+    def _watch_clipping(self) -> None:
+        clip = self.engine._unscale_and_clip
+
+        def watched() -> tuple[Tensor, bool]:
+            outcome = clip()
+            self._watch("clipped")
+            return outcome
+
+        self.engine._unscale_and_clip = watched
+
+    def _watch(self, moment: str) -> None:
+        if moment == "clipped":
+            self._clipped = {name: tensor.clone() for name, tensor in self.engine.gather("gradient").items()}
+        if moment != "reduced":
+            return
+        gathered = self.engine.gather("gradient")
+        self._gradients = {name: tensor / self.engine.scale.value for name, tensor in gathered.items()}
+        self._unequal = self.engine.disagreeing("gradient")
+        if self._step == OVERFLOW and self.groups.rank == self.world - 1:
+            overflow(self.engine)
+
+
+def overflow(engine: NativeEngine) -> None:
+    """Make one element of one gradient of this rank infinite."""
+    for parameter in engine.parameters:
+        if parameter.gradient is not None and parameter.gradient.numel():
+            parameter.gradient.view(-1)[0] = math.inf
+            return
+    raise ValueError("this rank holds no gradient")
+
+
+def _clip_factor(trace: StepTrace) -> float:
+    """What the gradients were multiplied by, read off the largest element."""
+    if not trace.clipped:
+        return math.nan
+    name = max(trace.gradients, key=lambda n: float(trace.gradients[n].abs().max()))
+    gradient = trace.gradients[name].flatten()
+    at = int(gradient.abs().argmax())
+    return float(trace.clipped[name].flatten()[at] / gradient[at])
+
+
+def _unequal(ledger: Ledger, phase: str, step: int, names: list[str]) -> None:
+    ledger.exact(phase, step, "copies", 0, 0)
+    for name in names:
+        ledger.fail(phase, step, name, "its copies differ between ranks")
+
+
+def _compare_files(ledger: Ledger, ours: Path, expected: Reference) -> None:
+    """Every tensor of two checkpoints, model and optimizer, as one process reads them."""
+    written, wanted = _read(ours), _read(expected.checkpoint)
+    for kind in sorted({_kind(name) for name in written.keys() | wanted.keys()}):
+        ours_of, theirs_of = ({n: t for n, t in f.items() if _kind(n) == kind} for f in (written, wanted))
+        ledger.tensors("checkpoint", SAVED, ours_of, theirs_of, {})
+
+
+def _kind(name: str) -> str:
+    """Weights, or one of the optimizer's moments: tensors of one size."""
+    return "weight" if name.startswith("model.") else name.rsplit(".", 1)[-1]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    reader = FileSystemReader(path)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone on purpose
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
