@@ -118,12 +118,13 @@ def six_n_flops_per_sequence(model: ModelConfig, sequence_length: int) -> float:
 
 
 class StateBytes(NamedTuple):
-    """Bytes of one parameter in memory under AdamW, on a rank that holds all of it."""
+    """Bytes in memory under AdamW, of one parameter or of all that a rank holds."""
 
     weight: int
     """Master weight: fp32, or fp64 for proofs."""
     compute_copy: int
-    """The bf16 or fp16 copy that autocast keeps during a forward and backward pass."""
+    """What forward and backward pass multiply, where it is not the master weight: autocast's copy in bf16 or fp16, and
+    what ZeRO gathers."""
     gradient: int
     optimizer: int
     """Two moments."""
@@ -135,7 +136,7 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes_per_parameter(precision: Precision) -> StateBytes:
-    """Bytes of weight, low-precision copy, gradient and optimizer for each parameter (Rajbhandari et al. 2020, 3.1)."""
+    """Bytes for each parameter of a rank that holds it whole (Rajbhandari et al. 2020, 3.1); see `disttrain.memory`."""
     wide = _wide_bytes(precision)
     return StateBytes(wide, 2 if precision in ("bf16", "fp16") else 0, wide, 2 * wide)
 
@@ -168,37 +169,50 @@ def activation_bytes(
     recompute: Recompute = "none",
     fused_attention: bool = True,
     predicted_tokens: float | None = None,
+    *,
+    layers: int | None = None,
+    head: bool = True,
+    tensor: int = 1,
+    sequence: bool = False,
+    context: int = 1,
 ) -> ActivationBytes:
-    """Activations of one micro-batch on one rank that holds the whole model, without dropout.
+    """Activations of one micro-batch on one rank, without dropout; of the whole model if no layout is given.
 
     Korthikanti et al. 2022, equation 2 (34 S B H + 5 A S^2 B bytes a block), adapted to this code: c bytes for an
     element of a matrix product (2, 4 or 8), w for one of the residual stream and the norms (4, or 8 in fp64), and no
     dropout masks. For each token, a block saves
 
-        2 w H    inputs of both norms
-        6 c H    inputs of qkv, out and up; query, key and value
-        2 c F    inputs of GELU and down
-        4 A      log-sum-exp of fused attention, or c A S for its weights when it is not fused
+        2 w H + 2 c H    inputs of both norms, of qkv and of up
+        4 c H            input of out; query, key and value
+        2 c F            inputs of GELU and down
+        4 A              log-sum-exp of fused attention, or c A S for its weights when it is not fused
 
     and the head w H + c H + c V (for BERT only at predicted tokens, with a second H x H layer: w H + 3 c H + c V).
     recompute=full keeps w H for each token and block; selective drops what attention saves for itself.
+
+    Tensor parallelism divides all of a block but the first line, sequence parallelism that one too (ibid., table 2), and
+    of the head c V; context parallelism divides the tokens. A pipeline rank has some `layers`, and perhaps the head.
     """
     shape = shape_of(model)
     h, v = shape.hidden_size, shape.vocab_size
     wide, narrow = _wide_bytes(precision), 2 if precision in ("bf16", "fp16") else _wide_bytes(precision)
-    core = 4 * shape.heads if fused_attention else narrow * shape.heads * sequence_length
-    block = 2 * wide * h + 6 * narrow * h + 2 * narrow * shape.ffn_hidden_size
-    whole_block = block + core
-    kept = {"none": whole_block, "selective": block, "full": wide * h}[recompute]
-    tokens = sequence_length * micro_batch_size
-    saved = shape.layers * kept * tokens
+    positions = tensor if sequence else 1
+    core = (4 * shape.heads if fused_attention else narrow * shape.heads * sequence_length) / tensor
+    block = 2 * (wide + narrow) * h / positions + (4 * h + 2 * shape.ffn_hidden_size) * narrow / tensor
+    kept = {"none": block + core, "selective": block, "full": wide * h / positions}[recompute]
+    tokens = sequence_length * micro_batch_size / context
+    count = shape.layers if layers is None else layers
+    saved = count * kept * tokens
+    again = {"none": 0.0, "selective": core, "full": block + core}[recompute] * tokens if count else 0.0
+    if not head:
+        return ActivationBytes(saved, again)
     if model.family == "gpt":
-        predicted, head = float(tokens), (wide + narrow) * h + narrow * v
+        predicted, input_bytes = tokens, (wide + narrow) * h
     else:
-        predicted = _predicted(sequence_length, predicted_tokens) * micro_batch_size
-        head = (wide + 3 * narrow) * h + narrow * v
-    again = {"none": 0, "selective": core, "full": whole_block}[recompute] * tokens
-    return ActivationBytes(saved + head * predicted, max(narrow * v * predicted, again))
+        predicted = _predicted(sequence_length, predicted_tokens) * micro_batch_size / context
+        input_bytes = (wide + 3 * narrow) * h
+    logits = narrow * v / tensor * predicted
+    return ActivationBytes(saved + input_bytes * predicted + logits, max(logits, again))
 
 
 def _predicted(sequence_length: int, predicted_tokens: float | None) -> float:
