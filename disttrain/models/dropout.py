@@ -6,7 +6,7 @@ does not depend on how a batch is cut into micro-batches, sequences into chunks 
 dtype, recomputation or resume.
 
 A row (sample and position; sample, head and query) and a column (feature; key) are mixed well in 64 bits, which is
-cheap since they are few. An element then costs three rounds of 32-bit multiply and shift on the xor of the two.
+cheap since they are few. An element then costs three multiplications of 32 bits and two shifts on the xor of the two.
 """
 
 from typing import NamedTuple
@@ -39,8 +39,8 @@ class WeightDropout(NamedTuple):
 
     def kept(self) -> Tensor:
         """bool [B, A, Sq, Sk], False where dropped."""
-        rows = _mix(_mix(self.rows[:, None] + self.heads * _STEP)[..., None] + self.queries * _STEP)
-        return _kept(rows, _mix(self.keys * _STEP + _COLUMN), self.p)
+        rows = _mix(_mix(self.rows[:, None] + _mix(self.heads))[..., None] + _mix(self.queries))
+        return _kept(rows, _mix(self.keys ^ _COLUMN), self.p)
 
     def factors(self, dtype: torch.dtype) -> Tensor:
         """[B, A, Sq, Sk]: 0 where dropped, 1 / (1 - p) where kept."""
@@ -73,9 +73,9 @@ class Dropout(nn.Module):
             raise ValueError(f"dropout={self.p} while training needs keys: the batch has no dropout_seeds")
         index, parts = self.part
         positions = keys.positions[:1] if x.ndim == 2 else keys.positions.chunk(parts)[index]
-        rows = _mix(at_site(keys.seeds, self.site)[:, None] + positions * _STEP)
+        rows = _mix(at_site(keys.seeds, self.site)[:, None] + _mix(positions))
         features = torch.arange(x.shape[-1], device=x.device)
-        return _drop(x, _kept(rows, _mix(features * _STEP + _COLUMN), self.p).view(x.shape), self.p)
+        return _drop(x, _kept(rows, _mix(features ^ _COLUMN), self.p).view(x.shape), self.p)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -98,10 +98,29 @@ _ROUND1, _ROUND2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele et al. 2014) of int64 numbers. Shifts of signed numbers are arithmetic."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _ROUND1
+    """SplitMix64's finaliser (Steele et al. 2014) of int64 numbers.
+
+    torch.compile must not look inside: its C++ for a CPU multiplies signed numbers, and where it sees an arange the
+    compiler concludes that the product overflows and may make of it what it likes. That gave other masks.
+    """
+    return _opaque_mix(x) if torch.compiler.is_compiling() else _finalise(x)
+
+
+def _finalise(x: Tensor) -> Tensor:
+    x = x + _STEP  # 0 would stay 0
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _ROUND1  # shifts of signed numbers are arithmetic: mask what they bring
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _ROUND2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+@torch.library.custom_op("disttrain::mix", mutates_args=())
+def _opaque_mix(x: Tensor) -> Tensor:
+    return _finalise(x)
+
+
+@_opaque_mix.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _kept(rows: Tensor, columns: Tensor, p: float) -> Tensor:
