@@ -16,8 +16,9 @@ from disttrain.engines.native import NativeEngine
 from disttrain.launch import RankInfo
 from disttrain.mesh import Mesh, build_mesh
 from disttrain.metrics import FlopsPerSequence
-from disttrain.models import build_model
 from disttrain.parallel import world
+from disttrain.parallel.collectives import Traffic
+from disttrain.parallel.groups import make_groups
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: floa
     })  # fmt: skip
     corpus = data.open_data(config, prepared)
     world.start(rank, device.type, timeout_s)
-    model = build_model(config.model, config.run.seed, precision.master_dtype(chosen), device)
-    parameters = sum(p.numel() for p in model.parameters())
-    engine = NativeEngine(config, model, device, chosen, mesh.data_rank(rank.rank))
+    engine = NativeEngine(config, make_groups(mesh, rank.rank, device.type, Traffic()), device, chosen)
+    parameters = costs.parameter_count(config.model).total
     name = _device_name(device)
     peak = hardware.peak_flops(name, chosen)
     return Session(config, rank, mesh, device, corpus, engine, parameters, _flops(config), name, peak)

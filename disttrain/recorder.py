@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
+from disttrain import layout
 from disttrain.assembly import Session
 from disttrain.engines import StepResult
 from disttrain.loggers import Loggers
 from disttrain.metrics import Metrics, RankReading, StepReading, read_rank
+from disttrain.models import IGNORED
 from disttrain.parallel.collectives import gather_objects
 
 T = TypeVar("T")
@@ -27,7 +30,13 @@ class Recorder:
     def __init__(self, session: Session, loggers: Loggers | None):
         self._session, self._loggers = session, loggers
         self._every = session.config.log.every
-        self._metrics = Metrics(session.rank.world_size, session.flops, session.peak_flops and session.peak_flops[0])
+        world_size = session.rank.world_size
+        self._metrics = Metrics(
+            world_size,
+            session.flops,
+            session.peak_flops and session.peak_flops[0],
+            bubble_theory=layout.bubble(session.config, world_size),
+        )
         self._pending: list[StepResult] = []
         self._data_seconds = 0.0
 
@@ -91,12 +100,20 @@ class Recorder:
         self._metrics.load_state_dict(state)
 
     def _held_out_share(self, count: int) -> Iterable[Mapping[str, Any]]:
-        """This rank's held-out batches; ranks take turns, and the last batch may be smaller."""
+        """This rank's held-out batches; ranks take turns.
+
+        All ranks get equally many, since sharded weights are gathered for each: beyond the end a rank gets the first
+        sequences once more, without targets.
+        """
         session = self._session
         size = session.config.train.micro_batch_size or 1
         stride = size * session.mesh.data_ranks
-        for first in range(session.data_rank * size, count, stride):
-            yield session.data.held_out_batch(first, min(size, count - first))
+        for start in range(0, count, stride):
+            first = start + session.data_rank * size
+            if first < count:
+                yield session.data.held_out_batch(first, min(size, count - first))
+            else:
+                yield without_targets(session.data.held_out_batch(0, 1))
 
     def _read_counts(self) -> tuple[int, int, int]:
         """(tokens, target tokens, padding) of all pending steps; empties the list."""
@@ -109,9 +126,11 @@ class Recorder:
     def _write(self, step: int, learning_rate: float, result: StepResult) -> None:
         with self.excluded("logging"):
             sent, uncompressed = self._session.engine.traffic()
+            busy, seconds = self._session.engine.bubble() or (None, None)
             reading = read_rank(
                 self._session.rank.rank, self._session.device.type,
                 comm_bytes=sent, comm_bytes_uncompressed=uncompressed, data_seconds=self._data_seconds,
+                pipeline_busy_seconds=busy, pipeline_seconds=seconds,
             )  # fmt: skip
             self._data_seconds = 0.0
             readings: list[RankReading] = gather_objects(reading)
@@ -130,3 +149,9 @@ class Recorder:
     def _emit(self, record: dict[str, Any]) -> None:
         if self._loggers is not None:
             self._loggers.write(record)
+
+
+def without_targets(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch with every target ignored: it goes through the model and adds nothing to a sum."""
+    ignored = {name: np.full_like(batch[name], IGNORED) for name in ("targets", "next_sentence") if name in batch}
+    return {**batch, **ignored}

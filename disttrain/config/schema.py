@@ -51,6 +51,10 @@ class ModelConfig(Section):
 
     family: Family = "gpt"
     """gpt: pre-LN decoder, causal language model. bert: post-LN encoder, masked language model and next sentence."""
+    source: str | None = None
+    """A model of your own: path/to/file.py:Class, where Class extends disttrain.models.GPT or BERT (docs/verify.md)."""
+    options: dict[str, bool | int | float | str] = {}
+    """Settings of your own model; it reads them as config.options."""
     preset: str | None = None
     """Named shape, for example gpt2-124m or bert-base (`disttrain.config.presets`)."""
     layers: Positive = 4

@@ -62,8 +62,12 @@ class Data:
         return self.tokenizer.vocab_size
 
     def train_batch(self, first_sample: int, count: int) -> Batch:
-        """Samples first_sample .. first_sample + count of the run, in rows. Epochs follow one another without end."""
-        return self._batch(self._train, np.arange(first_sample, first_sample + count))
+        """Samples first_sample .. first_sample + count of the run, in rows. Epochs follow one another without end.
+
+        `samples` int64 [count] are their numbers in the run, on which dropout depends.
+        """
+        samples = np.arange(first_sample, first_sample + count)
+        return self._batch(self._train, samples) | {"samples": samples}
 
     def held_out_batch(self, first: int, count: int) -> Batch:
         """Held-out sequences first .. first + count, in an order that is the same for every seed.

@@ -46,6 +46,10 @@ class Engine(Protocol):
         """Bytes handed to collectives since the last call: (sent, without compression)."""
         ...
 
+    def bubble(self) -> tuple[float, float] | None:
+        """Seconds in which this rank's stages computed and seconds of the pipeline's steps since the last call."""
+        ...
+
     def state_dict(self) -> State:
         """Model and optimizer for a distributed checkpoint, and `engine`, a plain dictionary."""
         ...

@@ -1,139 +1,279 @@
-"""The torch-native engine: data parallelism, accumulation, clipping and loss scaling around one AdamW step."""
+"""The torch-native engine: one optimizer step under any layout. What a layout changes is in `disttrain.parallel`."""
 
 import gc
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from disttrain.config.schema import Config, Precision
 from disttrain.engines import Batch, State, StepResult
-from disttrain.models import BERT, GPT
+from disttrain.models import Model
+from disttrain.models.dropout import at_site
 from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
-from disttrain.parallel.collectives import Traffic, all_reduce
-from disttrain.parallel.data import replicate, unsynchronised
-from disttrain.precision import LossScale, autocast
+from disttrain.parallel import data, sharding
+from disttrain.parallel.collectives import reduce_over
+from disttrain.parallel.context import split_batch
+from disttrain.parallel.groups import Groups
+from disttrain.parallel.parallelize import parallelize
+from disttrain.parallel.pipeline import Pipeline
+from disttrain.precision import LossScale, autocast, master_dtype
+
+Moment = Literal["reduced", "updated"]
 
 
 class NativeEngine:
-    """One optimizer step with torch alone. `precision` is resolved, never "auto"."""
+    """One optimizer step with torch alone. `precision` is resolved, never "auto". All ranks make theirs together."""
 
-    def __init__(self, config: Config, model: GPT | BERT, device: torch.device, precision: Precision, data_rank: int):
-        self.model, self.device, self.data_rank = model, device, data_rank
-        self.seed, self.smoothing = config.run.seed, config.train.label_smoothing
-        self.max_norm = config.train.clip_grad_norm
+    def __init__(self, config: Config, groups: Groups, device: torch.device, precision: Precision):
+        self.config, self.groups, self.device = config, groups, device
         self.precision: Precision = precision
         self.scale = LossScale.start(precision, config.loss_scale)
-        self._traffic = Traffic()
-        self.module = replicate(model, device, self._traffic)
-        self.optimizer = build_optimizer(config.optim, model.named_parameters())
-        self._tied: dict[str, str] = model.tied
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.chunks = parallelize(config, groups, device, precision)
+        self.parameters = [p for chunk in self.chunks for p in chunk.parameters if p.parameter.requires_grad]
+        self.optimizer = build_optimizer(config.optim, [(p.shard.name, p.master) for p in self.parameters])
+        self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
+        self.watch: Callable[[Moment], None] | None = None
+        """Called within a step when gradients are complete but not yet unscaled, and after the update: for proofs."""
+        self._shares = torch.tensor([_share(p.shard) for p in self.parameters], dtype=torch.float64, device=device)
+
+    def _make_pipeline(self) -> Pipeline:
+        train, mesh = self.config.train, self.groups.mesh
+        share = train.global_batch_size // mesh.data_ranks
+        size = train.micro_batch_size or share
+        return Pipeline(
+            [(chunk.number, chunk.model) for chunk in self.chunks],
+            self.groups.pipeline,
+            self.config.parallel.schedule,
+            share // size,
+            self.device,
+            self._hidden_shape(size, self.config.data.sequence_length // mesh.context),
+            master_dtype(self.precision),
+            self.config.parallel.zero,
+        )
 
     def step(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches; see `Engine.step`."""
-        self.model.train()
-        batches = [self._to_device(batch) for batch in micro_batches]
+        for chunk in self.chunks:
+            chunk.model.train()
+        batches = [self._prepare(batch) for batch in micro_batches]
         counts, tokens = self._count(batches)
-        sums = [self._backward(batch, counts, step, i, len(batches)) for i, batch in enumerate(batches)]
-        totals = all_reduce(torch.stack([torch.stack(list(s.values())) for s in sums]).sum(0), self._traffic)
+        sums = self._forward_and_backward(batches, counts)
+        totals = reduce_over(self.groups.world, sums)
+        self._reduce()
+        self._tell("reduced")
         scale = self.scale.value
         norm, skipped = self._unscale_and_clip()
         if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self._update(learning_rate)
+        for p in self.parameters:
+            p.parameter.grad = p.master.grad = None
         self.scale = self.scale.after(skipped)
+        self._tell("updated")
         losses = {name: LossSum(totals[i], counts[name]) for i, name in enumerate(counts)}
-        positions = sum(batch["tokens"].size for batch in micro_batches) * dist.get_world_size()
+        positions = sum(batch["tokens"].size for batch in micro_batches) * self.groups.mesh.data_ranks
         return StepResult(losses, tokens, positions, norm, scale, skipped)
 
-    def _to_device(self, batch: Batch) -> dict[str, Tensor]:
-        """Arrays as tensors on the device; what the model derives on the host is added before the copy."""
+    def _tell(self, moment: Moment) -> None:
+        if self.watch is not None:
+            self.watch(moment)
+
+    def _prepare(self, batch: Batch) -> dict[str, Tensor]:
+        """This rank's part of a micro-batch on its device; what the model derives on the host is added before."""
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
-        tensors = self.model.prepare_batch(tensors)
+        samples = tensors.pop("samples", None)
+        if samples is not None and self.config.model.dropout:
+            tensors["dropout_seeds"] = at_site(samples, self.config.run.seed)
+        tensors = split_batch(tensors, self.groups.context, zigzag=self._model.causal)
+        tensors = self._model.prepare_batch(tensors)
         if self.device.type == "cpu":
             return tensors
         return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
 
+    @property
+    def _model(self) -> Model:
+        return self.chunks[0].model
+
     def _count(self, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
         """Targets of each objective and real tokens of the whole step: known before any backward pass."""
-        counted = [self.model.count_targets(batch) for batch in batches]
+        counted = [self._model.count_targets(batch) for batch in batches]
         names = list(counted[0])
         rows = [[c[name] for name in names] + [real_tokens(b)] for c, b in zip(counted, batches, strict=True)]
-        totals = all_reduce(torch.stack([torch.stack(row) for row in rows]).sum(0), self._traffic)
+        totals = reduce_over(self.groups.data, torch.stack([torch.stack(row) for row in rows]).sum(0))
         return {name: totals[i] for i, name in enumerate(names)}, totals[-1]
 
-    def _backward(
-        self, batch: dict[str, Tensor], counts: dict[str, Tensor], step: int, index: int, micro_steps: int
-    ) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; gradients are reduced with the last one only."""
-        torch.manual_seed(dropout_seed(self.seed, step, index, self.data_rank))
-        last = index == micro_steps - 1
-        with nullcontext() if last else unsynchronised(self.module):
-            with autocast(self.precision, self.device.type):
-                losses = self.module(batch, self.smoothing)
+    def _forward_and_backward(self, batches: list[dict[str, Tensor]], counts: dict[str, Tensor]) -> Tensor:
+        """Loss sums [objectives] of this rank alone: zeros but on one rank of those that compute the same loss."""
+
+        def scaled(losses: dict[str, LossSum]) -> tuple[Tensor, Tensor]:
             means = [loss.sum / counts[name].clamp(min=1) for name, loss in losses.items()]
-            torch.stack(means).sum().mul(self.scale.value).backward()
-        return {name: loss.sum.detach() for name, loss in losses.items()}
+            kept = torch.stack([loss.sum.detach() for loss in losses.values()])
+            return torch.stack(means).sum().mul(self.scale.value), kept
+
+        if self._pipeline is not None:
+            sums = self._run_schedule(self._pipeline, batches, scaled)
+        else:
+            sums = [self._backward(b, scaled, last=b is batches[-1]) for b in batches]
+        total = torch.stack(sums).sum(0) if sums else torch.zeros(len(counts), device=self.device)
+        total = total.to(torch.float64 if self.precision == "fp64" else torch.float32)
+        return total if self.groups.tensor.rank == 0 else torch.zeros_like(total)
+
+    def _backward(self, batch: dict[str, Tensor], scaled: Callable, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; whole gradients are reduced with the last one only."""
+        chunk = self.chunks[0]
+        data.synchronise(chunk.model, self.config.parallel.zero, last)
+        with data.unsynchronised(chunk.module, last):
+            with autocast(self.precision, self.device.type):
+                losses = chunk.module(batch, self.config.train.label_smoothing)
+            loss, kept = scaled(losses)
+            loss.backward()
+        return kept
+
+    def _run_schedule(self, pipeline: Pipeline, batches: list[dict[str, Tensor]], scaled: Callable) -> list[Tensor]:
+        """Forward and backward of all micro-batches by the schedule; loss sums where the last stage is."""
+        sums: dict[int, Tensor] = {}
+
+        def run(model: Model, number: int, x: Tensor | None) -> Tensor:
+            with autocast(self.precision, self.device.type):
+                y = model.forward_batch(batches[number], x)
+                if model.head is None:
+                    return y  # pyright: ignore[reportReturnType]  hidden states without a head
+                losses = model.loss_of(y, batches[number], self.config.train.label_smoothing)  # pyright: ignore
+            loss, sums[number] = scaled(losses)
+            return loss
+
+        pipeline.step(run)
+        return list(sums.values())
+
+    def _hidden_shape(self, sequences: int, length: int) -> tuple[int, int, int]:
+        """[B, S, H] of hidden states between stages; length is that of this rank's tokens."""
+        split = self.groups.tensor.size if self.config.parallel.sequence else 1
+        return sequences, length // split, self.config.model.hidden_size
+
+    def _reduce(self) -> None:
+        """Complete the gradients: what neither DDP nor FSDP2 has summed yet."""
+        if self._pipeline is not None and self.config.parallel.zero == 0:
+            whole = [p.gradient for p in self.parameters]
+            data.sum_over(self.groups.data, [gradient for gradient in whole if gradient is not None])
+        partial = [p.gradient for p in self.parameters if p.shard.partial]
+        data.sum_over(self.groups.tensor, [gradient for gradient in partial if gradient is not None])
+        data.sum_tied(self.parameters, self._model.tied, self.groups)
 
     def _unscale_and_clip(self) -> tuple[Tensor, bool]:
-        """Global gradient norm before clipping, and whether this step must be skipped by every rank."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        skipped = False
-        if self.scale.dynamic:
-            overflow = all_reduce((~norm.isfinite()).to(torch.int32), self._traffic, dist.ReduceOp.MAX)
-            skipped = bool(overflow.item())
+        """Global gradient norm before clipping, and whether this step must be skipped by every rank.
+
+        Every rank adds the squares of its shards, divided by how many ranks hold a copy; one sum over the world gives
+        all of them the same norm, hence the same clip factor and the same verdict on an overflow.
+        """
+        gradients, shares = [], []
+        for p, share in zip(self.parameters, self._shares, strict=True):
+            if (gradient := p.gradient) is not None:
+                gradients.append(gradient)
+                shares.append(share)
+        squares = torch.stack(torch._foreach_norm(gradients)).double().square().to(self.device)
+        total = reduce_over(self.groups.world, (squares * torch.stack(shares)).sum())
+        norm = total.sqrt().to(gradients[0].dtype)
+        skipped = self.scale.dynamic and not bool(norm.isfinite().item())
         norm = norm / self.scale.value
         factor = 1.0 / self.scale.value
-        if self.max_norm is not None:
-            factor = factor * torch.clamp(self.max_norm / (norm + 1e-6), max=1.0)
-        if self.max_norm is not None or self.scale.dynamic:
+        if self.config.train.clip_grad_norm is not None:
+            factor = factor * torch.clamp(self.config.train.clip_grad_norm / (norm + 1e-6), max=1.0)
+        if self.config.train.clip_grad_norm is not None or self.scale.dynamic:
+            factor = factor.to(gradients[0].device) if isinstance(factor, Tensor) else factor
             torch._foreach_mul_(gradients, factor)
         return norm, skipped
 
+    def _update(self, learning_rate: float) -> None:
+        """AdamW on the local tensors."""
+        for p in self.parameters:
+            p.master.grad = p.gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, LossSum]:
-        """Sums over all ranks of every objective and score; see `Engine.evaluate`. Ranks may bring unequal shares."""
-        self.model.eval()
-        names: list[str] = list(self.model.SCORES)
+        """Sums over all ranks of every objective and score; see `Engine.evaluate`."""
+        for chunk in self.chunks:
+            chunk.model.eval()
+        names: list[str] = list(self._model.SCORES)
         totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            with autocast(self.precision, self.device.type):
-                scores = self.model.scores(self._to_device(batch))
+        for scores in self._scores(self._prepare(batch) for batch in batches):
             totals += torch.stack([torch.stack([scores[n].sum.double(), scores[n].count.double()]) for n in names])
-        all_reduce(totals)
-        self.model.train()
+        if self.groups.tensor.rank > 0:
+            totals.zero_()
+        reduce_over(self.groups.world, totals)
+        for chunk in self.chunks:
+            chunk.model.train()
         return {name: LossSum(totals[i, 0], totals[i, 1]) for i, name in enumerate(names)}
+
+    def _scores(self, batches: Iterable[dict[str, Tensor]]) -> Iterable[dict[str, LossSum]]:
+        """Scores of each batch, on ranks with the head."""
+
+        def run(model: Model, batch: dict[str, Tensor], x: Tensor | None) -> Any:
+            with autocast(self.precision, self.device.type):
+                y = model.forward_batch(batch, x)
+                return y if model.head is None else model.scores_of(y, batch)  # pyright: ignore
+
+        if self._pipeline is None:
+            return (run(self._model, batch, None) for batch in batches)
+        return self._pipeline.evaluate(batches, run, lambda batch: self._hidden_shape(*batch["tokens"].shape))
 
     def traffic(self) -> tuple[int, int]:
         """Bytes handed to collectives since the last call."""
-        return self._traffic.take()
+        return self.groups.world.traffic.take()
+
+    def bubble(self) -> tuple[float, float] | None:
+        """Seconds this rank's stages computed and seconds the schedule took since the last call; None without stages."""
+        return None if self._pipeline is None else self._pipeline.bubble()
+
+    def gather(self, what: Literal["weight", "gradient"]) -> dict[str, Tensor]:
+        """Whole weights or (scaled) gradients by name on rank 0, {} elsewhere. All ranks call it; for proofs."""
+        parts = [(p.shard, self._read(p, what)) for p in self.parameters if not p.shard.tied_to]
+        return sharding.gather(parts, self.groups)
+
+    def disagreeing(self, what: Literal["weight", "gradient"]) -> list[str]:
+        """Names of parameters whose copies differ between ranks, on rank 0, [] elsewhere. All ranks call it."""
+        return sharding.disagreeing([(p.shard, self._read(p, what)) for p in self.parameters], self.groups)
+
+    def _read(self, p: sharding.LocalParameter, what: Literal["weight", "gradient"]) -> Tensor:
+        if what == "weight":
+            return p.master.detach()
+        return torch.zeros_like(p.master) if p.gradient is None else p.gradient
 
     def state_dict(self) -> State:
-        """Model and optimizer by parameter name, tied weights once, and the loss scale."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        model = {name: value for name, value in model.items() if name not in self._tied}
-        return {"model": model, "optimizer": optimizer, "engine": {"loss_scale": asdict(self.scale)}}
+        """Weights and moments by parameter name, each knowing its place in the whole, and the loss scale."""
+        mesh = sharding.state_mesh(self.groups, self.device.type)
+        zero = self.config.parallel.zero
+        model: dict[str, Tensor] = {}
+        moments: dict[str, dict[str, Tensor]] = {}
+        for p in self.parameters:
+            name = p.shard.tied_to or p.shard.name
+            if p.master.numel() == 0:
+                continue  # nothing of it is here
+            state = self.optimizer.state[p.master] or _no_moments(p.master)
+            self.optimizer.state[p.master] = state
+            model[name] = sharding.as_whole(p.shard, p.master.detach(), mesh, zero)
+            moments[name] = {
+                key: value if value.ndim == 0 else sharding.as_whole(p.shard, value, mesh, zero)
+                for key, value in state.items()
+            }
+        return {"model": model, "optimizer": moments, "engine": {"loss_scale": asdict(self.scale)}}
 
     def load_state_dict(self, state: State) -> None:
-        """Take over a saved state; hyper-parameters of the optimizer stay those of the config."""
-        kept: list[dict[str, Any]] = [
-            {k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups
-        ]
-        model = state["model"] | {name: state["model"][source] for name, source in self._tied.items()}
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, kept, strict=True):
-            group.update(values)
+        """Take over a saved state, also where its tensors are the very ones that `state_dict` gave."""
+        with torch.no_grad():
+            for p in self.parameters:
+                name = p.shard.tied_to or p.shard.name
+                if p.master.numel() == 0:
+                    continue
+                p.master.copy_(sharding.local(state["model"][name]))
+                saved = {key: sharding.local(value).clone() for key, value in state["optimizer"][name].items()}
+                self.optimizer.state[p.master] = saved
         self.scale = LossScale(**state["engine"]["loss_scale"])
 
     def close(self) -> None:
@@ -142,8 +282,19 @@ class NativeEngine:
         Otherwise the last reference to the group is the one DDP's reducer holds, which is dropped with the GIL held
         and then joins gloo's threads, one of which may want the GIL: a deadlock at exit, seen in one run of ten.
         """
-        del self.module
+        self.chunks, self.parameters, self._pipeline = [], [], None
         gc.collect()
+
+
+def _share(shard: sharding.Shard) -> float:
+    """What one rank's copy counts in a sum over the world."""
+    return 0.0 if shard.tied_to else 1 / shard.copies
+
+
+def _no_moments(master: Tensor) -> dict[str, Tensor]:
+    """The state that AdamW starts from."""
+    step = torch.zeros((), dtype=torch.float32, device=master.device)
+    return {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
 
 
 def real_tokens(batch: dict[str, Tensor]) -> Tensor:
@@ -151,8 +302,3 @@ def real_tokens(batch: dict[str, Tensor]) -> Tensor:
     mask = batch.get("attention_mask")
     tokens = batch["tokens"]
     return tokens.new_full((), tokens.numel()) if mask is None else mask.sum()
-
-
-def dropout_seed(seed: int, step: int, micro_batch: int, data_rank: int) -> int:
-    """Seed of one forward pass's dropout: a pure function, so that resuming needs no random state."""
-    return int(np.random.SeedSequence((seed, step, micro_batch, data_rank)).generate_state(1, np.uint64)[0] >> 1)

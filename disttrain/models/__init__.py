@@ -5,7 +5,6 @@ initial weights therefore depend on the seed alone: not on ranks, pipeline stage
 """
 
 import hashlib
-import math
 
 import torch
 from torch import Tensor
@@ -15,12 +14,23 @@ from disttrain.models.bert import BERT
 from disttrain.models.cross_entropy import IGNORED
 from disttrain.models.gpt import GPT
 from disttrain.models.layers import LossSum
+from disttrain.models.source import load_class
 
-__all__ = ["BERT", "FAMILIES", "GPT", "IGNORED", "LossSum", "build_model", "initial_value", "initialise", "tie_weights"]
+__all__ = [
+    "BERT", "FAMILIES", "GPT", "IGNORED", "LossSum", "Model", "build_model", "initial_value", "initialise", "model_class",
+    "tie_weights",
+]  # fmt: skip
+
+Model = GPT | BERT
+"""What can be trained: see `GPT` for what it offers."""
 
 FAMILIES: dict[str, type[GPT] | type[BERT]] = {"gpt": GPT, "bert": BERT}
 
-INITIAL_STD = 0.02
+
+def model_class(config: ModelConfig) -> type[GPT] | type[BERT]:
+    """The class of a config's model: its family's, or the user's own. Raises RefusedInput as `load_class`."""
+    family = FAMILIES[config.family]
+    return family if config.source is None else load_class(config.source, family)
 
 
 def build_model(
@@ -28,7 +38,7 @@ def build_model(
 ) -> GPT | BERT:
     """A model with its initial weights; on the meta device shapes only. config must be resolved (ValueError if not)."""
     with torch.device("meta"):
-        model = FAMILIES[config.family](config)
+        model = model_class(config)(config)
     model = model.to(dtype)
     tie_weights(model)
     if torch.device(device).type == "meta":
@@ -58,18 +68,12 @@ def tie_weights(model: GPT | BERT) -> None:
 def initial_value(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
     """The initial value of one whole parameter by its full name, float32 on the CPU.
 
-    Weights are normal(0, 0.02) (Radford et al. 2018; Devlin et al. 2019, who truncate at two standard deviations),
-    biases 0, norm weights 1. GPT's projections back into the residual stream are scaled by 1 / sqrt(2 * layers)
-    (Radford et al. 2019, section 2.3). A tied parameter takes the value of its source.
+    Normal with the mean and deviation that the model's class gives, see `GPT.initial` and `BERT.initial`. A tied
+    parameter takes the value of its source.
     """
-    name = FAMILIES[config.family].tied.get(name, name)
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    std = INITIAL_STD
-    if config.family == "gpt" and name.endswith(("attn.out.weight", "mlp.down.weight")):
-        std /= math.sqrt(2 * config.layers)
+    model = model_class(config)
+    name = model.tied.get(name, name)
+    mean, std = model.initial(config, name)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(mean, std, generator=generator) if std else torch.full(shape, mean)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import ModelConfig
-from disttrain.models.cross_entropy import IGNORED, WholeVocabulary, cross_entropy_sum
+from disttrain.models.cross_entropy import IGNORED, Vocabulary, WholeVocabulary, cross_entropy_sum
 from disttrain.models.dropout import Dropout, Keys
-from disttrain.models.layers import LossSum, blocks, keys_of, layer_norm
+from disttrain.models.layers import INITIAL_STD, LossSum, blocks, keys_of, layer_norm
 
 TENSOR_PLAN = {
     "embed.tokens": "vocab",
@@ -84,6 +84,7 @@ class BERT(nn.Module):
 
     tensor_plan = TENSOR_PLAN
     tied = TIED
+    causal = False
     SCORES = ("mlm", "nsp", "mlm_accuracy", "nsp_accuracy")
     """Names that `scores` gives."""
 
@@ -93,7 +94,14 @@ class BERT(nn.Module):
         self.embed: BERTEmbedding | None = BERTEmbedding(config)
         self.blocks = blocks(config, causal=False)
         self.head: BERTHead | None = BERTHead(config)
-        self.vocabulary = WholeVocabulary()
+        self.vocabulary: Vocabulary = WholeVocabulary()
+
+    @classmethod
+    def initial(cls, config: ModelConfig, name: str) -> tuple[float, float]:
+        """Mean and deviation of a parameter's initial values: normal(0, 0.02), biases 0, norm weights 1."""
+        if name.endswith(("bias", "norm.weight")):
+            return (float(name.endswith("weight")), 0.0)
+        return (0.0, INITIAL_STD)
 
     def forward(
         self,

@@ -4,7 +4,7 @@ Shapes: N tokens with a target, V vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,8 +25,20 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 
     return _CrossEntropySum.apply(logits, targets, label_smoothing)  # pyright: ignore[reportReturnType]
 
 
+class Vocabulary(Protocol):
+    """What a model asks of its logits [N, V], wherever they are."""
+
+    def cross_entropy_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Summed cross-entropy, nats, as `cross_entropy_sum`."""
+        ...
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The likeliest entry of each row: [..., V] -> int64 [...]."""
+        ...
+
+
 class WholeVocabulary:
-    """What a model asks of its logits when it holds all of them; tensor parallelism gives it a sharded twin."""
+    """All logits are here; tensor parallelism gives a model a sharded twin of this."""
 
     def cross_entropy_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """See `cross_entropy_sum`."""

@@ -59,7 +59,7 @@ class Dropout(nn.Module):
         if not 0 <= p < 1:
             raise ValueError(f"dropout={p} is outside 0 to below 1")
         self.p, self.site = p, site
-        self.part = (0, 1)
+        self.part: tuple[int, int] = (0, 1)
         """(i, n): x holds chunk i of the n equal chunks of the keys' positions (sequence parallelism)."""
 
     def forward(self, x: Tensor, keys: Keys | None) -> Tensor:

@@ -1,13 +1,15 @@
 """GPT-2 (Radford et al. 2019): a pre-norm decoder with learned positions and a tied head."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import ModelConfig
-from disttrain.models.cross_entropy import IGNORED, WholeVocabulary
+from disttrain.models.cross_entropy import IGNORED, Vocabulary, WholeVocabulary
 from disttrain.models.dropout import Dropout, Keys
-from disttrain.models.layers import LossSum, blocks, keys_of, layer_norm
+from disttrain.models.layers import INITIAL_STD, LossSum, blocks, keys_of, layer_norm
 
 TENSOR_PLAN = {
     "embed.tokens": "vocab",
@@ -58,6 +60,7 @@ class GPT(nn.Module):
 
     tensor_plan = TENSOR_PLAN
     tied = TIED
+    causal = True
     SCORES = ("lm",)
     """Names that `scores` gives."""
 
@@ -67,7 +70,18 @@ class GPT(nn.Module):
         self.embed: GPTEmbedding | None = GPTEmbedding(config)
         self.blocks = blocks(config, causal=True)
         self.head: GPTHead | None = GPTHead(config)
-        self.vocabulary = WholeVocabulary()
+        self.vocabulary: Vocabulary = WholeVocabulary()
+
+    @classmethod
+    def initial(cls, config: ModelConfig, name: str) -> tuple[float, float]:
+        """Mean and deviation of a parameter's initial values: normal(0, 0.02), biases 0, norm weights 1.
+
+        Projections back into the residual stream are scaled by 1 / sqrt(2 * layers) (Radford et al. 2019, 2.3).
+        """
+        if name.endswith(("bias", "norm.weight")):
+            return (float(name.endswith("weight")), 0.0)
+        back = name.endswith(("attn.out.weight", "mlp.down.weight"))
+        return (0.0, INITIAL_STD / math.sqrt(2 * config.layers) if back else INITIAL_STD)
 
     def forward(self, x: Tensor, keys: Keys | None = None) -> Tensor:
         """Tokens int64 [B, S] (hidden states [B, S, H] without embed) -> logits [B, S, V] (hidden without head).

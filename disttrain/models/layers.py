@@ -21,6 +21,10 @@ UNFUSED_SEQUENCE = 512
 """Longest sequence, in tokens, for which half-precision attention on a CPU is computed by plain products."""
 
 
+INITIAL_STD = 0.02
+"""Standard deviation of initial weights (Radford et al. 2018; Devlin et al. 2019, who truncate it)."""
+
+
 class LossSum(NamedTuple):
     """A loss before its one division: the sum over targets (nats) and how many targets there were."""
 

@@ -1,10 +1,14 @@
 """Collectives that count the bytes they are handed; a world of one goes through the same calls and sends nothing."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from disttrain.parallel.groups import Group
 
 
 @dataclass
@@ -27,15 +31,26 @@ class Traffic:
         return taken
 
 
-def all_reduce(
-    tensor: Tensor, traffic: Traffic | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-) -> Tensor:
-    """Reduce in place over the world and return the tensor."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(tensor, op=op)
-    if traffic is not None:
-        traffic.add(tensor)
+def reduce_over(group: "Group", tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce in place over a group, counting its bytes, and return the tensor."""
+    if group.size > 1:
+        dist.all_reduce(tensor, op=op, group=group.process_group)
+        group.traffic.add(tensor)
     return tensor
+
+
+def all_gather_flat(output: Tensor, part: Tensor, group: dist.ProcessGroup | None, async_op: bool = False) -> Any:
+    """Concatenate every rank's `part` into `output` along dim 0; torch 2.13 renamed what torch 2.11 has."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, part, group=group, async_op=async_op)
+
+
+def reduce_scatter_flat(
+    output: Tensor, whole: Tensor, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM, async_op: bool = False
+) -> Any:
+    """Reduce `whole` over the ranks and give each its part along dim 0; torch 2.13 renamed what torch 2.11 has."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(output, whole, op=op, group=group, async_op=async_op)
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:

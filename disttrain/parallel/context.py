@@ -6,7 +6,7 @@ contiguously, whichever way is taken.
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ def apply_context_parallel(model: nn.Module, group: Group, method: Literal["ring
     across = {"ring": ring_attend, "ulysses": ulysses_attend}[method]
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = partial(across, group=group)
+            # Traced graphs cannot hold the exchange: torch.compile breaks them here.
+            untraced: Any = torch.compiler.disable(partial(across, group=group))
+            module.attend = untraced
 
 
 def split_batch(batch: dict[str, Tensor], group: Group, zigzag: bool) -> dict[str, Tensor]:
@@ -56,7 +58,6 @@ def split_batch(batch: dict[str, Tensor], group: Group, zigzag: bool) -> dict[st
     return {**batch, **cut, "positions": positions}
 
 
-@torch.compiler.disable
 def ulysses_attend(
     query: Tensor,
     key: Tensor,

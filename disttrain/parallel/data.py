@@ -1,21 +1,34 @@
-"""Data parallelism by torch's DistributedDataParallel, reducing with SUM through one hook that counts bytes."""
+"""Data parallelism: DistributedDataParallel, FSDP2 as ZeRO stages 1 to 3 and HSDP, or one sum after a pipeline's step.
 
+Every reduction is a SUM: losses are divided by the count of the whole step before the backward pass.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from disttrain.models import BERT, GPT
-from disttrain.parallel.collectives import Traffic
+from disttrain.config.schema import Precision
+from disttrain.models import Model
+from disttrain.parallel.collectives import Traffic, all_gather_flat, reduce_scatter_flat
+from disttrain.parallel.groups import Group, Groups
+from disttrain.parallel.sharding import LocalParameter
+from disttrain.precision import COMPUTE_DTYPE
+
+BUCKET_BYTES = 32 << 20
+"""Largest flat buffer of `sum_over`, bytes."""
 
 
 class LossModule(nn.Module):
     """A model whose forward is its loss, which is what DistributedDataParallel wants to wrap."""
 
-    def __init__(self, model: GPT | BERT):
+    def __init__(self, model: Model):
         super().__init__()
         self.model = model
 
@@ -24,26 +37,153 @@ class LossModule(nn.Module):
         return self.model.loss(batch, label_smoothing)
 
 
-def replicate(model: GPT | BERT, device: torch.device, traffic: Traffic) -> nn.Module:
-    """The model's loss with gradients summed over all ranks, overlapping the backward pass (Li et al. 2020).
-
-    Losses are already divided by the count of the whole step, so gradients are summed, not averaged.
-    """
-    module = LossModule(model)
-    if dist.get_world_size() == 1:
+def replicate(module: nn.Module, device: torch.device, data: Group) -> nn.Module:
+    """A module with gradients summed over the data ranks, overlapping the backward pass (Li et al. 2020)."""
+    if data.size == 1:
         return module
     ids = [device.index] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
-    wrapped.register_comm_hook(traffic, _sum_bucket)
+    wrapped = DistributedDataParallel(
+        module, device_ids=ids, process_group=data.process_group, gradient_as_bucket_view=True
+    )
+    wrapped.register_comm_hook(data, _sum_bucket)
     return wrapped
 
 
-def unsynchronised(module: nn.Module) -> AbstractContextManager:
-    """Backward passes in this context add to the gradients of this rank alone."""
-    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
-
-
-def _sum_bucket(traffic: Traffic, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    traffic.add(bucket.buffer())
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+def _sum_bucket(data: Group, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    data.traffic.add(bucket.buffer())
+    work = dist.all_reduce(bucket.buffer(), group=data.process_group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]
+
+
+def shard(
+    model: Model, groups: Groups, zero: int, precision: Precision, offload: bool, fill: Callable[[nn.Module, str], None]
+) -> None:
+    """Shard parameters, gradients and optimizer over shard x context, in place (Rajbhandari et al. 2020), by FSDP2.
+
+    Stages 1 and 2 keep the whole weights from the forward to the end of the backward pass, stage 3 gathers them anew.
+    Several replicas of the sharded group make HSDP (Zhao et al. 2023, section 3.2.2). In bf16 and fp16 the blocks'
+    weights are gathered in that type; gradients are always reduced in the master type. `fill(module, name)` gives a
+    module its storage and values right before it is sharded, so that only one block is ever whole.
+    """
+    low = precision in ("bf16", "fp16")
+    policy = MixedPrecisionPolicy(
+        param_dtype=COMPUTE_DTYPE[precision] if low else None,
+        reduce_dtype=torch.float32 if low else None,
+        cast_forward_inputs=False,
+    )
+    kept: Any = {
+        "mesh": groups.shard_mesh,
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+    }
+    for number, block in model.blocks.items():
+        fill(block, f"blocks.{number}")
+        fully_shard(block, mp_policy=policy, reshard_after_forward=zero == 3, **kept)
+    fill(model, "")
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(model, mp_policy=whole, reshard_after_forward=False, **kept)
+    gather, scatter = CountedAllGather(groups.data.traffic), CountedReduceScatter(groups.data.traffic)
+    for module in sharded_modules(model):
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_custom_all_gather(gather)
+        module.set_custom_reduce_scatter(scatter)
+        if groups.mesh.replicate > 1:
+            module.set_all_reduce_hook(groups.data.traffic.add)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that FSDP2 handles as one group each."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def synchronise(model: nn.Module, zero: int, last: bool) -> None:
+    """Say before a micro-batch's forward pass whether it is the step's last.
+
+    Stage 1 adds whole gradients up and scatters their sum with the last micro-batch; stages 2 and 3 scatter each. With
+    replicas the all-reduce between them waits for the last one.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(last or zero > 1)
+    model.set_requires_all_reduce(last)
+    model.set_is_last_backward(last)
+    if zero < 3:
+        model.set_reshard_after_backward(last)
+
+
+def unsynchronised(module: nn.Module, last: bool) -> AbstractContextManager:
+    """The context of a micro-batch's forward and backward: DDP reduces with the step's last one only."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+
+
+def sum_over(group: Group, tensors: Iterable[Tensor]) -> None:
+    """Sum tensors over a group in place, in flat buffers of at most 32 MiB that overlap their copies."""
+    if group.size == 1:
+        return
+    pending = []
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        group.traffic.add(flat)
+        pending.append((dist.all_reduce(flat, group=group.process_group, async_op=True), flat, bucket))
+    for work, flat, bucket in pending:
+        work.wait()
+        parts = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
+
+
+def sum_tied(parameters: list[LocalParameter], tied: Mapping[str, str], groups: Groups) -> None:
+    """Add the gradients of a weight that two stages hold: the embedding on the first, the head's copy on the last.
+
+    Both then update it alike (Narayanan et al. 2021, section 2.2). On a V-shaped schedule both stages are on one rank.
+    """
+    for name, source in tied.items():
+        copy = next((p.gradient for p in parameters if p.shard.name == name and p.shard.tied_to), None)
+        first = next((p.gradient for p in parameters if p.shard.name == source), None)
+        if copy is not None and first is not None:
+            first += copy
+            copy.copy_(first)
+        elif copy is not None or first is not None:
+            sum_over(groups.tie, [gradient for gradient in (first, copy) if gradient is not None])
+
+
+def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    size, dtype = 0, None
+    for tensor in tensors:
+        if not buckets or dtype != tensor.dtype or size + tensor.nbytes > BUCKET_BYTES:
+            buckets.append([])
+            size, dtype = 0, tensor.dtype
+        buckets[-1].append(tensor)
+        size += tensor.nbytes
+    return buckets
+
+
+class _Counted:
+    """A communication of FSDP2's that counts what this rank hands over."""
+
+    def __init__(self, traffic: Traffic):
+        self.traffic = traffic
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for the result."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class CountedAllGather(_Counted):
+    """FSDP2's gathering of weights."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        """All-gather flat shards into one flat tensor."""
+        if group.size() > 1:
+            self.traffic.add(input_tensor)
+        return all_gather_flat(output_tensor, input_tensor, group, async_op)
+
+
+class CountedReduceScatter(_Counted):
+    """FSDP2's reduction of gradients."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        """Reduce-scatter a flat tensor into flat shards."""
+        if group.size() > 1:
+            self.traffic.add(input_tensor)
+        return reduce_scatter_flat(output_tensor, input_tensor, group, op, async_op)

@@ -117,7 +117,9 @@ def _device_mesh(mesh: Mesh, rank: int, device_type: str, names: tuple[str, ...]
     if len(made) == 1:
         return DeviceMesh.from_group(made[0], device_type, mesh_dim_names=names)
     block = next(ranks for ranks in ranks_along(mesh, ("replicate", "shard", "context")) if rank in ranks)
-    rows = [list(block[i : i + len(block) // mesh.replicate]) for i in range(0, len(block), len(block) // mesh.replicate)]
+    rows = [
+        list(block[i : i + len(block) // mesh.replicate]) for i in range(0, len(block), len(block) // mesh.replicate)
+    ]
     return DeviceMesh.from_group(made, device_type, mesh=rows, mesh_dim_names=names)
 
 

@@ -1,7 +1,6 @@
 """What a block keeps for its backward pass, and compiling blocks."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,26 +13,37 @@ from disttrain.models.layers import Attention, Block
 def apply_recompute(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
     """Let the backward pass compute activations again instead of keeping them; in place, names stay.
 
-    "full" keeps the input of every block alone (Chen et al. 2016). "selective" keeps all but what is inside the
-    attention function, whose size grows with the square of the sequence (Korthikanti et al. 2022, section 5). Collectives
+    "full" keeps of every block its input alone (Chen et al. 2016). "selective" keeps all but what is inside the
+    attention function, which grows with the square of the sequence (Korthikanti et al. 2022, section 5). Collectives
     inside run again, in the same order on every rank. Dropout's masks are pure functions: no random state is kept.
-    Call it after tensor and context parallelism, which replace the attention function.
+    Call it after context parallelism, which replaces the attention function, and before `compile_blocks`.
     """
-    if mode == "none":
-        return
     for module in model.modules():
         if mode == "full" and isinstance(module, Block):
-            module.forward = _again(module.forward)
+            module.forward = _Recomputed(module.forward)
         if mode == "selective" and isinstance(module, Attention):
-            module.attend = _again(module.attend)
-
-
-def _again(function: Callable[..., Any]) -> Callable[..., Any]:
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+            module.attend = _Recomputed(module.attend)
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
-    """torch.compile every block, in place. Blocks are alike, so all but the first are quick; names stay."""
+    """torch.compile every block, in place; names stay.
+
+    Blocks are alike, so the first one's graph serves all that see the same shapes. A block that is recomputed runs its
+    compiled form twice.
+    """
     for module in model.modules():
-        if isinstance(module, Block):
+        if not isinstance(module, Block):
+            continue
+        forward = module.forward
+        if isinstance(forward, _Recomputed):  # torch.compile would give up on the checkpoint, and on all inside it
+            forward.function = torch.compile(forward.function, backend=backend)
+        else:
             module.compile(backend=backend)
+
+
+class _Recomputed:
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return checkpoint(self.function, *args, use_reentrant=False, preserve_rng_state=False)

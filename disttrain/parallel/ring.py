@@ -27,7 +27,6 @@ from disttrain.parallel.groups import Group
 _TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of the scores at a time: a core's cache; launches against memory
 
 
-@torch.compiler.disable
 def ring_attend(
     query: Tensor,
     key: Tensor,

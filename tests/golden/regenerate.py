@@ -12,9 +12,10 @@ from disttrain.config.load import with_values
 from disttrain.config.schema import Config
 from disttrain.data import open_data, prepare
 from disttrain.engines.native import NativeEngine
-from disttrain.models import build_model
+from disttrain.mesh import Mesh
 from disttrain.optim import learning_rate
-from disttrain.precision import master_dtype
+from disttrain.parallel.collectives import Traffic
+from disttrain.parallel.groups import make_groups
 from tests.ranks import run_ranks
 
 FOLDER = Path(__file__).parent
@@ -47,8 +48,8 @@ def curve(name: str) -> list[float]:
 
 def _train(rank: int, config: Config) -> list[float]:
     data = open_data(config, prepare(config))
-    model = build_model(config.model, config.run.seed, master_dtype(config.precision))  # type: ignore[arg-type]
-    engine = NativeEngine(config, model, torch.device("cpu"), config.precision, rank)  # type: ignore[arg-type]
+    groups = make_groups(Mesh(), rank, "cpu", Traffic())
+    engine = NativeEngine(config, groups, torch.device("cpu"), config.precision)  # type: ignore[arg-type]
     losses = []
     for step in range(1, STEPS + 1):
         result = engine.step(list(data.micro_batches(step - 1, 0, 1)), step, learning_rate(config.optim, step, STEPS))

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -13,45 +14,39 @@ from disttrain.checkpoint import CheckpointFailed
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config
 from disttrain.engines.native import NativeEngine
-from disttrain.models import build_model
-from disttrain.precision import master_dtype
-from tests.parallel.test_data_parallel import BATCH, config_for, global_batch
+from tests.parallel.test_data_parallel import BATCH, config_for, global_batch, make_engine
 from tests.ranks import run_ranks
-
-
-def engine_for(config: Config, rank: int) -> NativeEngine:
-    model = build_model(config.model, config.run.seed, master_dtype(config.precision))
-    return NativeEngine(config, model, torch.device("cpu"), config.precision, rank)
 
 
 def advance(engine: NativeEngine, rank: int, world: int, steps: range) -> list[float]:
     losses = []
     for step in steps:
         share = BATCH // world
-        batch = {k: v[rank * share : (rank + 1) * share] for k, v in global_batch("gpt", step).items()}
+        whole = global_batch("gpt", step) | {"samples": np.arange(BATCH) + step * BATCH}
+        batch = {k: v[rank * share : (rank + 1) * share] for k, v in whole.items()}
         loss = engine.step([batch], step, 1e-2).losses["lm"]
         losses.append(float(loss.sum / loss.count))
     return losses
 
 
 def save_and_go_on(rank: int, config: Config, world: int, folder: Path) -> dict:
-    engine = engine_for(config, rank)
+    engine = make_engine(config, rank, world)
     advance(engine, rank, world, range(1, 4))
     state = engine.state_dict()
     checkpoint.save(folder, 3, state, {"step": 3, "engine": state.pop("engine")}, keep=2)
     losses = advance(engine, rank, world, range(4, 7))
-    return {"losses": losses, "weights": {n: p.detach().clone() for n, p in engine.model.named_parameters()}}
+    return {"losses": losses, "weights": engine.gather("weight")}
 
 
 def load_and_go_on(rank: int, config: Config, world: int, path: Path) -> dict:
-    engine = engine_for(with_values(config, {"run.seed": 999}), rank)  # other initial weights: all must be loaded
-    engine.seed = config.run.seed
+    engine = make_engine(with_values(config, {"run.seed": 999}), rank, world)  # other weights: all must be loaded
+    engine.config = config
     state = engine.state_dict()
     del state["engine"]
     trainer = checkpoint.load(path, state)
     engine.load_state_dict({**state, "engine": trainer["engine"]})
     losses = advance(engine, rank, world, range(trainer["step"] + 1, 7))
-    return {"losses": losses, "weights": {n: p.detach().clone() for n, p in engine.model.named_parameters()}}
+    return {"losses": losses, "weights": engine.gather("weight")}
 
 
 @pytest.mark.parametrize(("precision", "world"), [("fp64", 1), ("fp32", 2), ("bf16", 2), ("fp16", 2)])
@@ -82,7 +77,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def save_three(rank: int, config: Config, folder: Path) -> None:
-    engine = engine_for(config, rank)
+    engine = make_engine(config, rank, 1)
     for step in (1, 2, 3):
         advance(engine, 0, 1, range(step, step + 1))
         state = engine.state_dict()
@@ -132,7 +127,7 @@ def test_only_the_newest_are_kept(saved: Path) -> None:
 
 
 def failing_save(rank: int, config: Config, folder: Path) -> str:
-    engine = engine_for(config, rank)
+    engine = make_engine(config, rank, 2)
     advance(engine, rank, 2, range(1, 2))
     state = engine.state_dict()
     trainer = {"step": 4, "engine": state.pop("engine")}
@@ -169,7 +164,7 @@ def test_tied_weights_are_stored_once(saved: Path) -> None:
 
 
 def misfit(rank: int, path: Path) -> str:
-    engine = engine_for(config_for("gpt", **{"model.hidden_size": 64, "model.ffn_hidden_size": 128}), rank)
+    engine = make_engine(config_for("gpt", **{"model.hidden_size": 64, "model.ffn_hidden_size": 128}), rank, 1)
     state = engine.state_dict()
     del state["engine"]
     try:

@@ -7,8 +7,10 @@ import torch
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 from disttrain.engines.native import NativeEngine
+from disttrain.mesh import build_mesh
 from disttrain.models import build_model
-from disttrain.precision import master_dtype
+from disttrain.parallel.collectives import Traffic
+from disttrain.parallel.groups import make_groups
 from tests.ranks import run_ranks
 
 STEPS, BATCH, SEQUENCE, VOCAB = 5, 8, 16, 61
@@ -40,18 +42,22 @@ def global_batch(family: str, step: int) -> dict[str, np.ndarray]:
     return batch
 
 
+def make_engine(config: Config, rank: int, world: int) -> NativeEngine:
+    groups = make_groups(build_mesh(config.parallel, world), rank, "cpu", Traffic())
+    assert config.precision != "auto"
+    return NativeEngine(config, groups, torch.device("cpu"), config.precision)
+
+
 def train(rank: int, config: Config, world: int, micro_batch: int) -> dict:
-    precision = config.precision
-    model = build_model(config.model, config.run.seed, master_dtype(precision))
-    engine = NativeEngine(config, model, torch.device("cpu"), precision, data_rank=rank)
-    records, gradients = [], []
-    update = engine.optimizer.step
+    engine = make_engine(config, rank, world)
+    records, gradients, apart = [], [], []
 
-    def step_and_keep_gradients() -> None:
-        gradients.append({name: p.grad.detach().clone() for name, p in model.named_parameters()})
-        update()
+    def keep_gradients(moment: str) -> None:
+        if moment == "reduced":
+            gradients.append(engine.gather("gradient"))
+            apart.extend(engine.disagreeing("gradient"))
 
-    engine.optimizer.step = step_and_keep_gradients
+    engine.watch = keep_gradients
     for step in range(1, STEPS + 1):
         batch = global_batch(config.model.family, step)
         share = BATCH // world
@@ -60,16 +66,18 @@ def train(rank: int, config: Config, world: int, micro_batch: int) -> dict:
         result = engine.step(micro_batches, step, learning_rate=1e-2)
         losses = {name: float(loss.sum / loss.count) for name, loss in result.losses.items()}
         records.append({**losses, "norm": float(result.grad_norm), "tokens": int(result.tokens)})
+    traffic = engine.traffic()
     evaluation = {
         k: float(v.sum / v.count) for k, v in engine.evaluate([global_batch(config.model.family, 99)]).items()
     }
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    apart.extend(engine.disagreeing("weight"))
     return {
         "records": records,
         "gradients": gradients,
-        "weights": weights,
+        "apart": apart,
+        "weights": engine.gather("weight"),
         "evaluation": evaluation,
-        "traffic": engine.traffic(),
+        "traffic": traffic,
     }
 
 
@@ -78,16 +86,19 @@ def train(rank: int, config: Config, world: int, micro_batch: int) -> dict:
 def test_equals_one_process(family: str, world: int, micro_batch: int) -> None:
     config = config_for(family)
     (serial,) = run_ranks(train, 1, config, 1, BATCH)
-    for ours in run_ranks(train, world, config, world, micro_batch):
+    all_ranks = run_ranks(train, world, config, world, micro_batch)
+    for ours in all_ranks:
         for expected, got in zip(serial["records"], ours["records"], strict=True):
             assert got == pytest.approx(expected, rel=1e-10, abs=1e-10)
         assert ours["evaluation"] == pytest.approx(serial["evaluation"], rel=1e-10)
-        assert len(ours["gradients"]) == STEPS
-        for expected, got in zip(serial["gradients"], ours["gradients"], strict=True):
-            for name, gradient in expected.items():
-                torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12)
-        for name, weight in serial["weights"].items():
-            torch.testing.assert_close(ours["weights"][name], weight, rtol=1e-10, atol=1e-10)
+    first = all_ranks[0]  # what the others hold is compared by checksum
+    assert first["apart"] == []
+    assert len(first["gradients"]) == STEPS
+    for expected, got in zip(serial["gradients"], first["gradients"], strict=True):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12)
+    for name, weight in serial["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, rtol=1e-10, atol=1e-10)
 
 
 def test_clipping_and_training_happen() -> None:
@@ -123,12 +134,10 @@ def test_first_step_equals_plain_torch() -> None:
 
 
 def one_step(rank: int, config: Config) -> dict:
-    model = build_model(config.model, config.run.seed, torch.float64)
-    engine = NativeEngine(config, model, torch.device("cpu"), "fp64", data_rank=0)
+    engine = make_engine(config, rank, 1)
     result = engine.step([global_batch("gpt", 1)], 1, learning_rate=1e-2)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     loss = result.losses["lm"]
-    return {"loss": float(loss.sum / loss.count), "norm": float(result.grad_norm), "weights": weights}
+    return {"loss": float(loss.sum / loss.count), "norm": float(result.grad_norm), "weights": engine.gather("weight")}
 
 
 def test_bytes_on_the_wire() -> None:
@@ -137,13 +146,13 @@ def test_bytes_on_the_wire() -> None:
     gradients = sum(p.numel() for p in build_model(config.model, 1, torch.float64).parameters()) * 8
     assert run_ranks(train, 1, config, 1, 2)[0]["traffic"] == (0, 0)
     for result in run_ranks(train, 2, config, 2, 1):
-        control = (2 * 8 + 1 * 8) * STEPS  # counts and tokens (int64), loss sums (fp64)
+        control = (2 * 8 + 8 + 8) * STEPS  # counts and tokens (int64), loss sums, squared norm (fp64)
         assert result["traffic"] == (gradients * STEPS + control, gradients * STEPS + control)
 
 
 def overflow(rank: int, config: Config, world: int) -> dict:
-    model = build_model(config.model, config.run.seed)
-    engine = NativeEngine(config, model, torch.device("cpu"), "fp16", data_rank=rank)
+    engine = make_engine(config, rank, world)
+    model = engine.chunks[0].model
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     if rank == world - 1:  # only the last rank's gradients overflow
         next(iter(model.parameters())).register_hook(lambda g: g * float("inf"))

@@ -1,0 +1,169 @@
+"""What each local parameter is of the whole one, and from there: filling, gathering, saving, counting copies.
+
+A parameter is cut at most twice: over the tensor axis along the dim its role says, then by FSDP2 over shard x context
+along dim 0. Each cut is torch.chunk's: equal chunks, rounded up, so that the last may be shorter or empty.
+"""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as Split
+
+from disttrain.parallel.groups import Groups, ranks_along
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One local parameter as a part of the whole."""
+
+    name: str
+    """Full name of the whole parameter."""
+    shape: torch.Size
+    """Shape of the whole."""
+    cuts: tuple[tuple[int, int, int], ...]
+    """(dim, number of chunks, which chunk) in the order in which they are cut."""
+    copies: int
+    """Ranks of the world that hold these same elements."""
+    partial: bool
+    """Whether the gradient must still be summed over the tensor axis (sequence parallelism)."""
+    tied_to: str | None
+    """Name of the parameter on another stage whose values this one repeats: left out of norms and checkpoints."""
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where the local part lies in the whole."""
+        bounds = [(0, size) for size in self.shape]
+        for dim, chunks, index in self.cuts:
+            start, stop = bounds[dim]
+            size = -(-(stop - start) // chunks)
+            bounds[dim] = (min(start + index * size, stop), min(start + (index + 1) * size, stop))
+        return tuple(slice(start, stop) for start, stop in bounds)
+
+    @property
+    def local_shape(self) -> torch.Size:
+        """Shape of the local part."""
+        return torch.Size(s.stop - s.start for s in self.slices)
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """A parameter of this rank: what the model holds, and its plain local tensor, which the optimizer updates."""
+
+    shard: Shard
+    parameter: nn.Parameter
+    master: nn.Parameter
+    """The parameter itself, or the local tensor of FSDP2's, sharing its memory."""
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The local part of the gradient; None before a backward pass, and for parameters that it does not reach."""
+        return None if self.parameter.grad is None else local(self.parameter.grad)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The local part of a DTensor; another tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How the parameters of one stage are cut over the tensor axis, by full name."""
+
+    shapes: dict[str, torch.Size]
+    """Shapes of the whole parameters."""
+    dims: dict[str, int]
+    """Dim along which a parameter is cut; whole where the name is missing."""
+    partial: frozenset[str]
+    """Whole parameters whose gradients must be summed over the tensor axis."""
+    tied_to: dict[str, str]
+    """Parameters that repeat one of another stage."""
+
+    def tensor_shard(self, name: str, groups: Groups) -> Shard:
+        """The part of a parameter before FSDP2 cuts it."""
+        mesh = groups.mesh
+        copies = mesh.replicate * mesh.shard * mesh.context
+        cuts: tuple[tuple[int, int, int], ...] = ()
+        if name in self.dims and mesh.tensor > 1:
+            cuts = ((self.dims[name], mesh.tensor, groups.tensor.rank),)
+        else:
+            copies *= mesh.tensor
+        return Shard(name, self.shapes[name], cuts, copies, name in self.partial, self.tied_to.get(name))
+
+
+def local_parameters(model: nn.Module, groups: Groups, cutting: Cutting, zero: int) -> list[LocalParameter]:
+    """The parameters of one stage in its last form, as `parallelize` leaves it."""
+    found = []
+    for name, parameter in model.named_parameters():
+        shard, master = cutting.tensor_shard(name, groups), parameter
+        if zero:
+            chunks = groups.mesh.shard * groups.mesh.context
+            cut = (0, chunks, groups.shard_mesh.get_local_rank("shard"))
+            shard = replace(shard, cuts=(*shard.cuts, cut), copies=shard.copies // chunks)
+            master = nn.Parameter(local(parameter.detach()))
+        found.append(LocalParameter(shard, parameter, master))
+    return found
+
+
+def state_mesh(groups: Groups, device_type: str) -> DeviceMesh:
+    """This stage's ranks as (tensor, replicate, shard x context): the order in which parameters are cut.
+
+    Plain Shard placements then describe them, which an order of torch's own, shard before tensor, would not.
+    """
+    mesh = groups.mesh
+    stage = next(r for r in ranks_along(mesh, ("replicate", "shard", "context", "tensor")) if groups.rank in r)
+    ranks = torch.tensor(stage).view(mesh.replicate, mesh.shard * mesh.context, mesh.tensor).permute(2, 0, 1)
+    return DeviceMesh(device_type, ranks, mesh_dim_names=("tensor", "replicate", "shard"), _init_backend=False)
+
+
+def as_whole(shard: Shard, tensor: Tensor, mesh: DeviceMesh, zero: int) -> Tensor:
+    """A local tensor shaped like the parameter's part, as a DTensor that knows its place in the whole."""
+    if not shard.cuts:
+        return tensor
+    over_tensor = Split(shard.cuts[0][0]) if len(shard.cuts) > bool(zero) else Replicate()
+    placements = (over_tensor, Replicate(), Split(0) if zero else Replicate())
+    stride = torch.empty(shard.shape, device="meta").stride()
+    return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shard.shape, stride=stride)
+
+
+def gather(parts: Iterable[tuple[Shard, Tensor]], groups: Groups) -> dict[str, Tensor]:
+    """Whole tensors by name on rank 0, nothing elsewhere; every rank calls it. For proofs, not for large models."""
+    mine = [(shard.name, shard.shape, shard.slices, part.detach().cpu()) for shard, part in parts]
+    everything = _to_first(mine, groups)
+    whole: dict[str, Tensor] = {}
+    for parts_of_rank in reversed(everything):  # of copies, the one on the lowest rank stays
+        for name, shape, slices, part in parts_of_rank:
+            whole.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))[slices] = part
+    return whole
+
+
+def disagreeing(parts: Iterable[tuple[Shard, Tensor]], groups: Groups) -> list[str]:
+    """Names of parameters whose copies differ between ranks, sorted, on rank 0; [] elsewhere. Every rank calls it."""
+    mine = [
+        (shard.tied_to or shard.name, tuple((s.start, s.stop) for s in shard.slices), _checksum(part))
+        for shard, part in parts
+    ]
+    seen: dict[tuple, int] = {}
+    differ = set()
+    for of_rank in _to_first(mine, groups):
+        for name, place, checksum in of_rank:
+            if seen.setdefault((name, place), checksum) != checksum:
+                differ.add(name)
+    return sorted(differ)
+
+
+def _checksum(part: Tensor) -> int:
+    return zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy()) if part.numel() else 0
+
+
+def _to_first(value: list, groups: Groups) -> list:
+    if groups.world.size == 1:
+        return [value]
+    gathered: list | None = [None] * groups.world.size if groups.rank == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered or []
