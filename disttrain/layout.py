@@ -7,12 +7,21 @@ from disttrain.config.checks import micro_batches, validate
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 from disttrain.config.settings import setting
-from disttrain.stages import SCHEDULES, schedule_problems, virtual_stages
+from disttrain.stages import SCHEDULES, schedule_problems, theoretical_bubble, virtual_stages
 
 
 def problems(config: Config, world_size: int) -> list[Problem]:
     """Everything wrong with these settings on this many ranks that can be known without looking at files."""
     return [*validate(config, world_size), *capabilities.missing(config), *_pipeline(config, world_size)]
+
+
+def bubble(config: Config, world_size: int) -> float | None:
+    """The theoretical bubble of the pipeline, from 0 to 1; None without one, or where the batch does not divide."""
+    parallel, count = config.parallel, micro_batches(config, world_size)
+    if parallel.pipeline == 1 or count is None:
+        return None
+    virtual = virtual_stages(parallel.schedule, parallel.virtual_stages)
+    return theoretical_bubble(parallel.schedule, parallel.pipeline, virtual, count)
 
 
 def _pipeline(config: Config, world_size: int) -> Iterator[Problem]:

@@ -85,7 +85,19 @@ _ALL = (
         _STEP_END,
     ),
     Metric("comm_bytes_uncompressed_per_step", "bytes", "the same, had no codec been used", _STEP_END),
-    Metric("pipeline_bubble_fraction", "-", "idle share of a pipeline step; 0 for one stage", _STEP_END),
+    Metric(
+        "pipeline_bubble_fraction",
+        "-",
+        "1 - time in which stages computed / time inside the schedule, both summed over ranks and the n steps; "
+        "null without a pipeline",
+        _STEP_END,
+    ),
+    Metric(
+        "pipeline_bubble_fraction_theory",
+        "-",
+        "the same for equal stages and free sending, by the schedule's formula; null without a pipeline",
+        _STEP_END,
+    ),
     # eval
     Metric("eval_loss", "nats", "as loss, on held-out data, without dropout or label smoothing", _EVAL),
     Metric("eval_loss_mlm", "nats per masked token", "held-out masked-token objective of a BERT", _EVAL),

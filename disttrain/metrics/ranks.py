@@ -29,6 +29,10 @@ class RankReading:
     """The same, had nothing been compressed."""
     data_seconds: float = 0.0
     """Time spent waiting for data since the last step record."""
+    pipeline_busy_seconds: float | None = None
+    """Time in which this rank's stages computed since the last step record; None without pipeline stages."""
+    pipeline_seconds: float | None = None
+    """Time inside the pipeline's schedule since the last step record; None without pipeline stages."""
 
 
 def read_rank(rank: int, device_type: str, **counters: Any) -> RankReading:
@@ -59,7 +63,7 @@ def host_rss_bytes(status: Path = PROC_STATUS) -> tuple[int, int]:
 
 
 def reduce_ranks(readings: Sequence[RankReading], interval_steps: int = 1) -> dict[str, Any]:
-    """The worst rank of every reading, as keys of a step record; null where no rank has one.
+    """The worst rank of every reading, as keys of a step record; null where no rank has one. The bubble is over all.
 
     Counters since the last record become means per step. The lowest rank is named when several are equal.
     Raises ValueError when there is no reading.
@@ -76,4 +80,12 @@ def reduce_ranks(readings: Sequence[RankReading], interval_steps: int = 1) -> di
     record["comm_bytes_per_step"] = max(r.comm_bytes for r in readings) / interval_steps
     record["comm_bytes_uncompressed_per_step"] = max(r.comm_bytes_uncompressed for r in readings) / interval_steps
     record["data_seconds"] = max(r.data_seconds for r in readings) / interval_steps
+    record["pipeline_bubble_fraction"] = _bubble(readings)
     return record
+
+
+def _bubble(readings: Sequence[RankReading]) -> float | None:
+    """Share of the ranks' time in the schedule during which they did not compute; None where no rank has stages."""
+    busy = sum(r.pipeline_busy_seconds or 0.0 for r in readings)
+    seconds = sum(r.pipeline_seconds or 0.0 for r in readings)
+    return 1 - busy / seconds if seconds > 0 else None

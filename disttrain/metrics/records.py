@@ -27,7 +27,6 @@ class StepReading:
     """What the gradient was multiplied with; None where nothing is clipped."""
     loss_scale: float | None = None
     """Loss scale of this step; None without one."""
-    pipeline_bubble_fraction: float = 0.0
     ranks: Sequence[RankReading] = field(default_factory=tuple)
     """One reading of every rank."""
 
@@ -47,7 +46,8 @@ class Metrics:
     """Keeps the totals of a run and makes its records. Lives on one rank; build it when training starts.
 
     `ranks` is the world size, `peak_flops_per_second` the dense peak of one rank's device in the run's precision,
-    None when unknown. `clock` gives seconds.
+    None when unknown. `clock` gives seconds. `bubble_theory` is the pipeline schedule's theoretical bubble, None
+    without a pipeline.
     """
 
     def __init__(
@@ -57,8 +57,10 @@ class Metrics:
         peak_flops_per_second: float | None = None,
         warmup_steps: int = 3,
         clock: Callable[[], float] = time.perf_counter,
+        bubble_theory: float | None = None,
     ):
         self.throughput = Throughput(clock, warmup_steps)
+        self._bubble_theory = bubble_theory
         self._ranks = ranks
         self._flops = flops
         self._peak = peak_flops_per_second
@@ -85,8 +87,8 @@ class Metrics:
             "skipped_steps": self.throughput.skipped_steps,
             **timing,
             **flop_rates(timing["sequences_per_second"], self._ranks, self._flops, self._peak),
-            "pipeline_bubble_fraction": reading.pipeline_bubble_fraction,
             **reduce_ranks(reading.ranks or [RankReading(0)], interval.steps),
+            "pipeline_bubble_fraction_theory": self._bubble_theory,
         }
         self._steady.add(record)
         self._last = record
@@ -124,7 +126,7 @@ class Metrics:
     def summary_record(self, step: int, stop_reason: str) -> dict[str, Any]:
         """The summary record: totals of the run, averages and peaks of this process."""
         excluded = self.throughput.excluded_seconds
-        kept = ("loss", "loss_scale", "pipeline_bubble_fraction", *(key for key in self._last if "bytes" in key))
+        kept = ("loss", "loss_scale", *(key for key in self._last if "bytes" in key or "bubble" in key))
         scores = {k: v for k, v in self._last_eval.items() if k not in ("kind", "step", "eval_sequences")}
         best_loss, best_step = self._best or (None, None)
         return {

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from disttrain import metrics
+from disttrain.config.schema import ParallelConfig
+from disttrain.mesh import build_mesh
 from disttrain.metrics import (
     METRICS,
     FlopsPerSequence,
@@ -233,9 +235,54 @@ def test_the_worst_rank_is_named():
         "comm_bytes_per_step": 75.0,
         "comm_bytes_uncompressed_per_step": 100.0,
         "data_seconds": 0.5,
+        "pipeline_bubble_fraction": None,
     }
     with pytest.raises(ValueError):
         reduce_ranks([])
+
+
+def test_the_bubble_is_the_idle_share_of_all_ranks_time():
+    busy = [(6.0, 8.0), (3.0, 8.0), (8.0, 8.0), (3.0, 8.0)]
+    readings = [RankReading(i, pipeline_busy_seconds=b, pipeline_seconds=t) for i, (b, t) in enumerate(busy)]
+    assert reduce_ranks(readings, interval_steps=3)["pipeline_bubble_fraction"] == 1 - 20 / 32
+    asleep = [RankReading(0, pipeline_busy_seconds=0.0, pipeline_seconds=0.0)]  # no step since the last record
+    assert reduce_ranks(asleep)["pipeline_bubble_fraction"] is None
+
+
+def test_the_measured_bubble_stands_beside_the_theory_and_both_are_null_without_a_pipeline():
+    clock = Clock()
+    for theory, times in ((0.2, (3.0, 4.0)), (None, (None, None))):
+        meter = Metrics(2, warmup_steps=0, clock=clock, bubble_theory=theory)
+        timed_step(meter.throughput, clock, 1.0, tokens=1)
+        meter.step_record(StepReading(1, {"lm": 1.0}, 0.1, ranks=[RankReading(0, None, None, 1, 1, 0, 0, 0.0, *times)]))
+        end = meter.summary_record(1, "steps")
+        measured = None if theory is None else 0.25
+        assert (end["pipeline_bubble_fraction"], end["pipeline_bubble_fraction_theory"]) == (measured, theory)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {},
+        {"tensor": 8},
+        {"pipeline": 4, "tensor": 2},
+        {"context": 4, "zero": 3},
+        {"tensor": 2, "pipeline": 2, "context": 2},
+    ],
+)
+def test_rates_are_of_the_world_and_a_rank_is_credited_with_its_share_whatever_the_layout(parallel):
+    """8 ranks, 16 sequences of 32 tokens in 2 s: data ranks times their share is 16 under every layout."""
+    world, mesh = 8, build_mesh(ParallelConfig(**parallel), 8)
+    share = 16 // mesh.data_ranks
+    assert share * mesh.data_ranks == 16
+    clock = Clock()
+    meter = Metrics(world, FlopsPerSequence(100.0, 120.0, 160.0), 1000.0, warmup_steps=0, clock=clock)
+    sequences = share * mesh.data_ranks
+    timed_step(meter.throughput, clock, 2.0, tokens=sequences * 32, target_tokens=sequences * 31, sequences=sequences)
+    record = meter.step_record(StepReading(1, {"lm": 1.0}, 0.1))
+    assert (record["tokens_per_second"], record["tokens_per_second_per_rank"]) == (256.0, 32.0)
+    assert (record["sequences_per_second"], record["model_flops_per_second_per_rank"]) == (8.0, 100.0)
+    assert (record["mfu_causal"], record["mfu_full"], record["hfu"]) == (0.1, 0.12, 0.16)
 
 
 def test_this_process_on_a_cpu_has_host_memory_and_no_device_memory():
@@ -345,6 +392,7 @@ CONTRACT = [
     "comm_bytes_per_step",
     "comm_bytes_uncompressed_per_step",
     "pipeline_bubble_fraction",
+    "pipeline_bubble_fraction_theory",
 ]
 
 
