@@ -12,7 +12,7 @@ from pathlib import Path
 
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, Precision
-from disttrain.models import FAMILIES
+from disttrain.models import model_class
 from disttrain.verify.batches import Batches
 from disttrain.verify.compare import EXACT, Difference, first_of
 from disttrain.verify.findings import Finding, explain
@@ -91,7 +91,7 @@ class Proof:
 
     def explain(self, verdict: Verdict, command: str, bisect: bool = True) -> Finding:
         """Why a layout is not equal; runs smaller layouts to find out what it takes."""
-        tied = FAMILIES[self.config.model.family].tied
+        tied = model_class(self.config.model).tied
 
         def fails(layout: Layout, config: Config) -> list[Difference]:
             return self.verify(layout, config).failures

@@ -1,6 +1,7 @@
 """Run a function on several ranks: forked processes, gloo, a file store; no ports, no retries."""
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -118,6 +119,7 @@ def _rank(fn: Callable, rank: int, world_size: int, folder: Path, parent: int, t
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent holds is no garbage: collections in a rank need not look at it
     with open(folder / f"stack{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
         started = time.monotonic()

@@ -1,7 +1,7 @@
 """What one run does, step by step, on one process or under a layout: recorded once, compared ever after.
 
-Five optimizer steps. In step 3 one element of one gradient of the last rank becomes infinite: all ranks must skip it and
-halve the loss scale. After step 4 comes an evaluation and a checkpoint. Step 5 is done three times: straight on, by a
+Four optimizer steps. In step 2 one element of one gradient of the last rank becomes infinite: all ranks must skip it and
+halve the loss scale. After step 3 come an evaluation and a checkpoint. Step 4 is done three times: straight on, by a
 fresh engine from the layout's own checkpoint, and by one from the checkpoint that one process wrote.
 """
 
@@ -23,7 +23,7 @@ from disttrain import checkpoint
 from disttrain.config.schema import Config, Precision
 from disttrain.engines.native import NativeEngine
 from disttrain.mesh import build_mesh
-from disttrain.models import FAMILIES
+from disttrain.models import model_class
 from disttrain.parallel.collectives import Traffic, gather_objects
 from disttrain.parallel.groups import Groups, make_groups
 from disttrain.precision import LossScale
@@ -32,7 +32,7 @@ from disttrain.verify.compare import Difference, Ledger
 from disttrain.verify.plan import OVERFLOW, SAVED, STEPS
 
 SCALE = LossScale(value=1024.0, growth_interval=2, minimum=1.0)
-"""Loss scale at the start: doubled before the overflow, halved by it, and half-way to doubling when it is saved."""
+"""Loss scale at the start: halved by the overflow, half-way to doubling when it is saved, doubled by the last step."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Reference:
     evaluation: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     checkpoint: Path = Path()
+    files: dict[str, Tensor] = field(default_factory=dict)
+    """What is in that checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ Plant = Callable[[], None]
 def record(rank: int, config: Config, precision: Precision, batches: Batches, folder: Path) -> Reference:
     """The reference: run it as the only rank of a world. Its checkpoint goes below `folder`."""
     started = time.monotonic()
-    observed = _Observed(rank, config, precision, batches, SCALE)
+    observed = _Observed(_groups(rank, config), config, precision, batches, SCALE)
     reference = Reference(observed.tied, observed.weights())
     for step in range(1, STEPS + 1):
         trace = observed.step(step)
@@ -102,6 +104,7 @@ def record(rank: int, config: Config, precision: Precision, batches: Batches, fo
         if step == SAVED:
             reference.evaluation = observed.evaluate()
             reference.checkpoint = observed.save(folder)
+            reference.files = _read(reference.checkpoint)
     observed.close()
     reference.seconds = time.monotonic() - started
     return reference
@@ -130,7 +133,8 @@ def _compare(
     ledger: Ledger,
 ) -> Iterator[None]:  # fmt: skip
     """Compare one thing after the other; yields after each, when it may be stopped."""
-    observed = _Observed(rank, config, precision, batches, SCALE)
+    groups = _groups(rank, config)
+    observed = _Observed(groups, config, precision, batches, SCALE)
     initial, unequal = observed.weights(), observed.engine.disagreeing("weight")
     if rank == 0:
         ledger.tensors("initial_weights", 0, initial, expected.initial, expected.tied)
@@ -148,7 +152,7 @@ def _compare(
             yield
     observed.close()
     for ledger.label, source in (("resume", path), ("reshard", expected.checkpoint)):
-        observed = _Observed(rank, config, precision, batches, None)
+        observed = _Observed(groups, config, precision, batches, None)
         observed.load(source)
         weights = observed.weights()
         if rank == 0:
@@ -192,22 +196,24 @@ def compare_step(ledger: Ledger, ours: StepTrace, expected: StepTrace, tied: dic
     _unequal(ledger, "replicas", step, ours.unequal["weight"])
 
 
+def _groups(rank: int, config: Config) -> Groups:
+    return make_groups(build_mesh(config.parallel, dist.get_world_size()), rank, "cpu", Traffic())
+
+
 class _Observed:
     """One rank's engine, watched."""
 
     def __init__(
-        self, rank: int, config: Config, precision: Precision, batches: Batches, scale: LossScale | None
+        self, groups: Groups, config: Config, precision: Precision, batches: Batches, scale: LossScale | None
     ) -> None:
-        self.config, self.batches, self.world = config, batches, dist.get_world_size()
-        mesh = build_mesh(config.parallel, self.world)
-        self.groups: Groups = make_groups(mesh, rank, "cpu", Traffic())
-        self.share = (mesh.data_rank(rank), mesh.data_ranks, config.train.micro_batch_size)
+        self.config, self.batches, self.groups = config, batches, groups
+        self.share = (groups.mesh.data_rank(groups.rank), groups.mesh.data_ranks, config.train.micro_batch_size)
         self.engine = NativeEngine(config, self.groups, torch.device("cpu"), precision)
         if scale is not None:
             self.engine.scale = scale
         self.engine.watch = self._watch
         self._watch_clipping()
-        self.tied: dict[str, str] = dict(FAMILIES[config.model.family].tied)
+        self.tied: dict[str, str] = dict(model_class(config.model).tied)
         self._step = 0
         self._gradients: dict[str, Tensor] = {}
         self._clipped: dict[str, Tensor] = {}
@@ -281,7 +287,7 @@ class _Observed:
         gathered = self.engine.gather("gradient")
         self._gradients = {name: tensor / self.engine.scale.value for name, tensor in gathered.items()}
         self._unequal = self.engine.disagreeing("gradient")
-        if self._step == OVERFLOW and self.groups.rank == self.world - 1:
+        if self._step == OVERFLOW and self.groups.rank == self.groups.world.size - 1:
             overflow(self.engine)
 
 
@@ -312,7 +318,7 @@ def _unequal(ledger: Ledger, phase: str, step: int, names: list[str]) -> None:
 
 def _compare_files(ledger: Ledger, ours: Path, expected: Reference) -> None:
     """Every tensor of two checkpoints, model and optimizer, as one process reads them."""
-    written, wanted = _read(ours), _read(expected.checkpoint)
+    written, wanted = _read(ours), expected.files
     for kind in sorted({_kind(name) for name in written.keys() | wanted.keys()}):
         ours_of, theirs_of = ({n: t for n, t in f.items() if _kind(n) == kind} for f in (written, wanted))
         ledger.tensors("checkpoint", SAVED, ours_of, theirs_of, {})
