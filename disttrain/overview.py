@@ -1,14 +1,17 @@
 """What `disttrain check` shows of a good config: mesh, batch arithmetic, length and predicted memory. No torch."""
 
+from collections.abc import Iterator
+
 from rich.console import Group
 from rich.table import Table
 
-from disttrain import costs, preflight
+from disttrain import costs, memory, preflight
 from disttrain.config.checks import total_steps
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, Precision
 from disttrain.loggers.readable import count, size
 from disttrain.mesh import AXES, Mesh, build_mesh
+from disttrain.stages import layers_of_stages, stage_numbers, theoretical_bubble, virtual_stages
 
 LIKELY_VOCABULARY = {"bytes": 261, "gpt2": 50257, "bert": 30522}
 """Rows of the embedding before the tokenizer was trained or read; trained ones have data.tokenizer_vocab_size."""
@@ -45,6 +48,8 @@ def _shape(config: Config, mesh: Mesh) -> Table:
     table.add_row(
         "ranks", f"{mesh.world_size} = " + " x ".join(f"{axis} {n}" for axis, n in zip(AXES, mesh.sizes, strict=True))
     )
+    for name, text in _layout(config, mesh, share // micro):
+        table.add_row(name, text)
     table.add_row("batch", f"{train.global_batch_size} sequences = {mesh.data_ranks} data ranks x {share // micro} "
                            f"micro-batches x {micro} sequences")  # fmt: skip
     table.add_row("step", f"{count(tokens)} tokens, {count(train.global_batch_size * flops)}FLOP forward and backward")
@@ -53,23 +58,50 @@ def _shape(config: Config, mesh: Mesh) -> Table:
     return table
 
 
-def _memory(config: Config, mesh: Mesh) -> Table:
-    """Predicted bytes of one rank; activations are an estimate of the peak (disttrain.costs says of what)."""
+def _layout(config: Config, mesh: Mesh, micro_batches: int) -> Iterator[tuple[str, str]]:
+    """A row for each axis that is used."""
+    parallel, length = config.parallel, config.data.sequence_length
+    if mesh.tensor > 1:
+        beside = f", positions between matrices over {mesh.tensor} ranks" if parallel.sequence else ""
+        yield "tensor", f"{config.model.heads // mesh.tensor} heads a rank{beside}"
+    if mesh.context > 1:
+        yield "context", f"{length // mesh.context} of {length} tokens a rank, {parallel.context_method}"
+    if mesh.pipeline > 1:
+        virtual = virtual_stages(parallel.schedule, parallel.virtual_stages)
+        layers = layers_of_stages(config.model, length, mesh.pipeline * virtual)
+        bubble = theoretical_bubble(parallel.schedule, mesh.pipeline, virtual, micro_batches)
+        yield "pipeline", f"{parallel.schedule}, {micro_batches} micro-batches, theoretical bubble {bubble:.1%}"
+        for rank in range(mesh.pipeline):
+            held = [layers[number] for number in stage_numbers(parallel.schedule, rank, mesh.pipeline, virtual)]
+            yield f"  rank {rank}", "layers " + " and ".join(_numbers(part) for part in held)
+    if parallel.zero:
+        replicas = f", {mesh.replicate} replicas" if mesh.replicate > 1 else ""
+        where = ", kept in host memory" if parallel.offload else ""
+        yield "ZeRO", f"stage {parallel.zero} over {mesh.shard * mesh.context} ranks{replicas}{where}"
+
+
+def _numbers(layers: range) -> str:
+    return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def _memory(config: Config, mesh: Mesh) -> Group:
+    """Predicted bytes of the worst rank; activations are an estimate of the peak (disttrain.memory says of what)."""
     precision: Precision = "bf16" if config.precision == "auto" else config.precision
-    each = costs.state_bytes_per_parameter(precision)
-    parameters = costs.parameter_count(config.model).total
-    micro = config.train.micro_batch_size or config.train.global_batch_size // mesh.data_ranks
-    activations = costs.activation_bytes(config.model, config.data.sequence_length, micro, precision)
-    table = Table(title=f"predicted memory of a rank, {precision}", title_justify="left", box=None, pad_edge=False)
+    share = config.train.global_batch_size // mesh.data_ranks
+    ranks = memory.predict(config, mesh, precision, share // (config.train.micro_batch_size or share))
+    worst = max(ranks, key=lambda rank: rank.total)
+    which = f" (pipeline rank {ranks.index(worst)}, the worst)" if mesh.pipeline > 1 else ""
+    table = Table(box=None, pad_edge=False)
     table.add_column("what")
     table.add_column("bytes", justify="right")
-    parts = {"weights": parameters * each.weight, "low-precision copy": parameters * each.compute_copy,
-             "gradients": parameters * each.gradient, "optimizer": parameters * each.optimizer,
-             "activations": activations.total}  # fmt: skip
+    state = worst.state
+    parts = {"weights": state.weight, "gathered weights" if config.parallel.zero else "low-precision copy":
+             state.compute_copy, "gradients": state.gradient, "optimizer": state.optimizer,
+             "activations": worst.activations.total, "of these in host memory": worst.host}  # fmt: skip
     for name, amount in parts.items():
         if amount:
             table.add_row(name, size(amount))
-    table.add_row("[bold]together", f"[bold]{size(sum(parts.values()))}")
+    table.add_row("[bold]together" + (" on the device" if worst.host else ""), f"[bold]{size(worst.total)}")
     kept = costs.checkpoint_bytes(config.model, precision)
     table.add_row(f"on disk: {config.checkpoint.keep} checkpoints", size(kept * config.checkpoint.keep))
-    return table
+    return Group(f"[italic]predicted memory of a rank{which}, {precision}", table)

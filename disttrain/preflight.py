@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from disttrain import capabilities, checkpoint, costs, data, loggers
-from disttrain.config.checks import setting, validate
+from disttrain import checkpoint, costs, data, layout, loggers
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
+from disttrain.config.settings import setting
 
 FIXED_ON_RESUME = ("model", "data.tokenizer", "data.tokenizer_vocab_size", "data.lowercase", "data.sequence_length",
                    "data.corpus", "data.path", "data.blend", "run.seed", "train.global_batch_size",
@@ -21,8 +21,7 @@ FIXED_ON_RESUME = ("model", "data.tokenizer", "data.tokenizer_vocab_size", "data
 def problems(config: Config, world_size: int) -> list[Problem]:
     """Every reason to refuse this run on this many ranks."""
     found = [
-        *validate(config, world_size),
-        *capabilities.missing(config),
+        *layout.problems(config, world_size),
         *data.preflight(config),
         *loggers.preflight(config),
         *_run_folder(config),

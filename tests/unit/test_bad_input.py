@@ -77,7 +77,8 @@ WRONG_VALUES = [
     "data.sequence_length=4", "data.mlm_probability=0", "data.held_out_fraction=0.9", "data.document=page",
     "data.workers=0", "data.tokenizer_vocab_size=10", "data.blend=5", "checkpoint.keep=0", "checkpoint.every=-1",
     "log.every=0", "log.console=rainbow", "log.wandb=maybe", "log.wandb_mode=sometimes", "parallel.zero=4",
-    "parallel.tensor=0", "parallel.recompute=some",
+    "parallel.tensor=0", "parallel.recompute=some", "parallel.schedule=1f2b", "parallel.virtual_stages=0",
+    "parallel.context_method=flash", "parallel.offload=disk", "run.compile=fast",
 ]  # fmt: skip
 
 
@@ -88,6 +89,8 @@ def test_wrong_types_and_values(folder: Path, override: str) -> None:
     assert any(any(s.split("=")[0] == key for s in p.settings) for p in found), found
     assert all(p.fix and p.message for p in found)
 
+
+PIPELINE = ["parallel.pipeline=2", "train.micro_batch_size=1"]
 
 CONTRADICTIONS: list[tuple[str, list[str], int, list[str], str]] = [
     ("heads", ["model.heads=5"], 1, ["model.heads=5", "model.hidden_size=32"], "model.heads=4"),
@@ -107,15 +110,57 @@ CONTRADICTIONS: list[tuple[str, list[str], int, list[str], str]] = [
     ("scale bounds", ["precision=fp16", "loss_scale.initial=1", "loss_scale.minimum=2"], 1, ["loss_scale.initial=1.0"], ""),
     ("project without wandb", ["log.wandb_project=x"], 1, ["log.wandb_project=x", "log.wandb=false"], "log.wandb=true"),
     ("mode without wandb", ["log.wandb_mode=offline"], 1, ["log.wandb_mode=offline"], "log.wandb=true"),
-    ("tensor", ["parallel.tensor=2"], 2, ["engine=native", "parallel.tensor=2"], "parallel.tensor=1"),
-    ("pipeline", ["parallel.pipeline=2"], 2, ["engine=native", "parallel.pipeline=2"], "parallel.pipeline=1"),
-    ("context", ["parallel.context=2"], 2, ["engine=native", "parallel.context=2"], "parallel.context=1"),
     ("world and mesh", ["parallel.tensor=2"], 3, ["world size 3"], "multiple of 2"),
-    ("zero", ["parallel.zero=2"], 1, ["parallel.zero=2"], "parallel.zero=0"),
+    ("too few ranks", ["parallel.tensor=2", "parallel.pipeline=2"], 2, ["world size 2"], "multiple of 4"),
+    ("replicas and ranks", ["parallel.zero=2", "parallel.replicate=3"], 4, ["world size 4"], "multiple of 3"),
+    ("heads over ranks", ["parallel.tensor=3"], 3, ["parallel.tensor=3", "model.heads=4"], "parallel.tensor=2"),
+    ("features over ranks", ["parallel.tensor=4", "model.ffn_hidden_size=126"], 4,
+     ["parallel.tensor=4", "model.ffn_hidden_size=126"], "parallel.tensor=2"),
+    ("rows over ranks", ["parallel.tensor=4", "model.vocab_size=3"], 4, ["parallel.tensor=4", "model.vocab_size=3"],
+     "parallel.tensor=2"),
+    ("ulysses heads", ["parallel.context=8", "parallel.context_method=ulysses", "data.sequence_length=48"], 8,
+     ["parallel.context_method=ulysses", "parallel.context=8", "model.heads=4"], "parallel.context=4"),
+    ("ulysses heads of a tensor rank",
+     ["parallel.tensor=2", "parallel.context=4", "parallel.context_method=ulysses"], 8,
+     ["parallel.context_method=ulysses", "parallel.context=4", "model.heads=4", "parallel.tensor=2"],
+     "parallel.context_method=ring"),
+    ("zigzag chunks", ["parallel.context=2", "data.sequence_length=30"], 2,
+     ["data.sequence_length=30", "parallel.context=2"], "data.sequence_length=32"),
+    ("chunks of a bert", ["model.family=bert", "parallel.context=4", "data.sequence_length=30"], 4,
+     ["data.sequence_length=30", "parallel.context=4"], "data.sequence_length=32"),
+    ("positions over ranks", ["parallel.tensor=4", "parallel.sequence=true", "data.sequence_length=30"], 4,
+     ["parallel.sequence=true", "parallel.tensor=4", "data.sequence_length=30"], "data.sequence_length=32"),
+    ("positions over ranks and context",
+     ["parallel.tensor=4", "parallel.sequence=true", "parallel.context=2", "data.sequence_length=36"], 8,
+     ["parallel.sequence=true", "parallel.tensor=4", "parallel.context=2"], "data.sequence_length=40"),
     ("sequence without tensor", ["parallel.sequence=true"], 1, ["parallel.sequence=true"], "parallel.tensor"),
     ("replicate without zero", ["parallel.replicate=2"], 2, ["parallel.replicate=2"], "parallel.zero"),
-    ("schedule without stages", ["parallel.schedule=gpipe"], 1, ["parallel.schedule=gpipe"], "remove"),
-    ("recompute", ["parallel.recompute=full"], 1, ["parallel.recompute=full"], "parallel.recompute=none"),
+    ("offload without zero", ["parallel.offload=true"], 1, ["parallel.offload=true", "parallel.zero=0"], "parallel.zero"),
+    ("method without context", ["parallel.context_method=ulysses"], 1,
+     ["parallel.context_method=ulysses", "parallel.context=1"], "parallel.context=2"),
+    ("schedule without stages", ["parallel.schedule=gpipe"], 1, ["parallel.schedule=gpipe", "parallel.pipeline=1"],
+     "remove"),
+    ("virtual stages without stages", ["parallel.virtual_stages=2"], 1,
+     ["parallel.virtual_stages=2", "parallel.pipeline=1"], "remove"),
+    ("virtual stages of 1f1b", [*PIPELINE, "parallel.virtual_stages=2"], 2,
+     ["parallel.virtual_stages=2", "parallel.schedule=1f1b"], "interleaved_1f1b"),
+    ("virtual stages of zbv", [*PIPELINE, "model.layers=8", "parallel.schedule=zbv", "parallel.virtual_stages=4"], 2,
+     ["parallel.virtual_stages=4", "parallel.schedule=zbv"], "remove"),
+    *((f"{schedule} and zero 3", [*PIPELINE, "model.layers=4", f"parallel.schedule={schedule}", "parallel.zero=3"], 2,
+       [f"parallel.schedule={schedule}", "parallel.zero=3"], "parallel.zero=2")
+      for schedule in ("interleaved_zero_bubble", "zbv", "dualpipev")),
+    ("more stages than layers", ["parallel.pipeline=4", "train.micro_batch_size=1"], 4,
+     ["parallel.pipeline=4", "model.layers=2"], ""),
+    ("more virtual stages than layers", [*PIPELINE, "parallel.schedule=interleaved_1f1b"], 2,
+     ["parallel.pipeline=2", "model.layers=2"], ""),
+    ("one micro-batch under 1f1b", ["parallel.pipeline=2"], 2, ["parallel.schedule=1f1b", "parallel.pipeline=2"],
+     "train.micro_batch_size"),
+    ("few micro-batches for dualpipev",
+     ["parallel.pipeline=2", "model.layers=4", "parallel.schedule=dualpipev", "train.micro_batch_size=4"], 2,
+     ["parallel.schedule=dualpipev", "parallel.pipeline=2"], "train.micro_batch_size"),
+    ("micro-batches in rounds",
+     ["parallel.pipeline=2", "model.layers=4", "parallel.schedule=interleaved_1f1b", "train.global_batch_size=5",
+      "train.micro_batch_size=1"], 2, ["parallel.schedule=interleaved_1f1b", "parallel.pipeline=2"], "multiple of 2"),
     ("codec", ["compression.codec=topk"], 1, ["compression.codec=topk"], "compression.codec=none"),
     ("engine", ["engine=horovod"], 1, ["engine=horovod"], "native"),
     ("resume path", ["checkpoint.resume=no/such/step_00000001"], 1, ["checkpoint.resume=no/such/step_00000001"], "auto"),
@@ -142,6 +187,44 @@ def test_contradictions(folder: Path, overrides: list[str], world_size: int, set
     named = [p for p in found if all(any(s.startswith(w) for s in p.settings) for w in settings)]
     assert named, found
     assert any(fix in p.fix for p in named), named
+
+
+LEGAL: list[tuple[list[str], int]] = [
+    (["parallel.tensor=2"], 2),
+    (["parallel.tensor=4", "parallel.sequence=true", "parallel.recompute=full", "run.compile=true"], 8),
+    (["parallel.tensor=2", "model.vocab_size=261"], 2),
+    (PIPELINE, 2),
+    ([*PIPELINE, "parallel.virtual_stages=1"], 2),
+    (["parallel.pipeline=2", "parallel.schedule=gpipe"], 2),
+    *(([*PIPELINE, "model.layers=4", f"parallel.schedule={schedule}", "parallel.virtual_stages=2"], 2)
+      for schedule in ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev")),
+    ([*PIPELINE, "parallel.zero=3"], 4),
+    ([*PIPELINE, "model.layers=4", "parallel.schedule=zbv", "parallel.zero=2"], 4),
+    (["parallel.context=2"], 2),
+    (["parallel.context=2", "parallel.context_method=ulysses", "parallel.tensor=2", "parallel.sequence=true"], 4),
+    (["model.family=bert", "parallel.context=2", "data.sequence_length=30"], 2),
+    *(([f"parallel.zero={stage}"], world) for stage in (1, 2, 3) for world in (1, 2, 4)),
+    (["parallel.zero=3", "parallel.offload=true", "parallel.replicate=2", "parallel.context=2"], 8),
+    (["parallel.tensor=2", *PIPELINE, "parallel.zero=2"], 8),
+    ([*PIPELINE, "parallel.context=2", "parallel.zero=1"], 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"), LEGAL, ids=lambda value: ",".join(value) if isinstance(value, list) else None
+)
+def test_legal_layouts(folder: Path, overrides: list[str], world_size: int) -> None:
+    """A check that refuses too much would pass every test above."""
+    assert problems_of(folder, *overrides, world_size=world_size) == []
+
+
+def test_all_problems_of_a_layout_at_once(folder: Path) -> None:
+    words = ["parallel.tensor=3", "parallel.pipeline=2", "parallel.context=5", "parallel.schedule=zbv", "parallel.zero=3",
+             "parallel.virtual_stages=3"]  # fmt: skip
+    found = problems_of(folder, *words, world_size=7)
+    assert len(found) >= 7  # ranks, heads, features, tokens, stages held, ZeRO, layers
+    named = {setting for problem in found for setting in problem.settings}
+    assert set(words) <= named
 
 
 def _empty(folder: Path) -> None:
