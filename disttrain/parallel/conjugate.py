@@ -127,7 +127,7 @@ def _own(x: Tensor, dim: int, group: Group) -> Tensor:
     return x.chunk(group.size, dim)[group.rank].contiguous()
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return function.apply(*args)  # pyright: ignore[reportReturnType]
 
@@ -213,4 +213,5 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _exchange(grad, *ctx.dims, ctx.group), None, None, None
+        split_dim, concat_dim = ctx.dims
+        return _exchange(grad, split_dim, concat_dim, ctx.group), None, None, None

@@ -104,16 +104,23 @@ def _split_positions(model: GPT | BERT, group: Group) -> None:
 
     Embedding and head see all positions on every rank, so that their whole parameters have whole gradients.
     """
+
+    def own(module: nn.Module, args: tuple, x: Tensor) -> Tensor:
+        return conjugate.split_to(x, 1, group)
+
+    def joined(module: nn.Module, args: tuple) -> tuple:
+        return (conjugate.gather_from(args[0], 1, group), *args[1:])
+
     if model.embed is not None:
-        model.embed.register_forward_hook(lambda module, args, x: conjugate.split_to(x, 1, group))
+        model.embed.register_forward_hook(own)
     if model.head is not None:
-        model.head.register_forward_pre_hook(lambda module, args: (conjugate.gather_from(args[0], 1, group), *args[1:]))
+        model.head.register_forward_pre_hook(joined)
     for module in model.blocks.modules():
         if isinstance(module, Dropout):
             module.part = (group.rank, group.size)
 
 
-def _part(whole: nn.Parameter, dim: int, group: Group) -> nn.Parameter:
+def _part(whole: Tensor, dim: int, group: Group) -> nn.Parameter:
     """This rank's part with memory of its own, which frees the rest."""
     rows = own_range(whole.shape[dim], group)
     part = whole.detach().narrow(dim, rows.start, len(rows)).clone(memory_format=torch.contiguous_format)
@@ -181,12 +188,12 @@ def _at_compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _column(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence: bool) -> Tensor:
     return _ColumnProduct.apply(x, weight, bias, group, sequence)  # pyright: ignore[reportReturnType]
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _row(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence: bool) -> Tensor:
     return _RowProduct.apply(x, weight, bias, group, sequence)  # pyright: ignore[reportReturnType]
 
