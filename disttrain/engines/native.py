@@ -15,7 +15,7 @@ from disttrain.models import Model
 from disttrain.models.dropout import at_site
 from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
-from disttrain.parallel import data, sharding
+from disttrain.parallel import data, gradients, sharding
 from disttrain.parallel.collectives import reduce_over
 from disttrain.parallel.context import split_batch
 from disttrain.parallel.groups import Groups
@@ -39,7 +39,6 @@ class NativeEngine:
         self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
         self.watch: Callable[[Moment], None] | None = None
         """Called within a step when gradients are complete but not yet unscaled, and after the update: for proofs."""
-        self._shares = torch.tensor([_share(p.shard) for p in self.parameters], dtype=torch.float64, device=device)
 
     def _make_pipeline(self) -> Pipeline:
         train, mesh = self.config.train, self.groups.mesh
@@ -64,7 +63,8 @@ class NativeEngine:
         counts, tokens = self._count(batches)
         sums = self._forward_and_backward(batches, counts)
         totals = reduce_over(self.groups.world, sums)
-        self._reduce()
+        reduced = self._pipeline is None and not self.config.parallel.zero
+        gradients.complete(self.parameters, self.groups, self._model.tied, reduced)
         self._tell("reduced")
         scale = self.scale.value
         norm, skipped = self._unscale_and_clip()
@@ -154,37 +154,16 @@ class NativeEngine:
         split = self.groups.tensor.size if self.config.parallel.sequence else 1
         return sequences, length // split, self.config.model.hidden_size
 
-    def _reduce(self) -> None:
-        """Complete the gradients: what neither DDP nor FSDP2 has summed yet."""
-        if self._pipeline is not None and self.config.parallel.zero == 0:
-            whole = [p.gradient for p in self.parameters]
-            data.sum_over(self.groups.data, [gradient for gradient in whole if gradient is not None])
-        partial = [p.gradient for p in self.parameters if p.shard.partial]
-        data.sum_over(self.groups.tensor, [gradient for gradient in partial if gradient is not None])
-        data.sum_tied(self.parameters, self._model.tied, self.groups)
-
     def _unscale_and_clip(self) -> tuple[Tensor, bool]:
-        """Global gradient norm before clipping, and whether this step must be skipped by every rank.
-
-        Every rank adds the squares of its shards, divided by how many ranks hold a copy; one sum over the world gives
-        all of them the same norm, hence the same clip factor and the same verdict on an overflow.
-        """
-        gradients, shares = [], []
-        for p, share in zip(self.parameters, self._shares, strict=True):
-            if (gradient := p.gradient) is not None:
-                gradients.append(gradient)
-                shares.append(share)
-        squares = torch.stack(torch._foreach_norm(gradients)).double().square().to(self.device)
-        total = reduce_over(self.groups.world, (squares * torch.stack(shares)).sum())
-        norm = total.sqrt().to(gradients[0].dtype)
+        """Global gradient norm before clipping, and whether this step must be skipped: by every rank or none."""
+        norm = gradients.global_norm(self.parameters, self.groups, self.device)
         skipped = self.scale.dynamic and not bool(norm.isfinite().item())
         norm = norm / self.scale.value
-        factor = 1.0 / self.scale.value
-        if self.config.train.clip_grad_norm is not None:
-            factor = factor * torch.clamp(self.config.train.clip_grad_norm / (norm + 1e-6), max=1.0)
-        if self.config.train.clip_grad_norm is not None or self.scale.dynamic:
-            factor = factor.to(gradients[0].device) if isinstance(factor, Tensor) else factor
-            torch._foreach_mul_(gradients, factor)
+        factor, limit = 1.0 / self.scale.value, self.config.train.clip_grad_norm
+        if limit is not None:
+            factor = factor * torch.clamp(limit / (norm + 1e-6), max=1.0)
+        if limit is not None or self.scale.dynamic:
+            gradients.multiply(self.parameters, factor)
         return norm, skipped
 
     def _update(self, learning_rate: float) -> None:
@@ -248,7 +227,6 @@ class NativeEngine:
     def state_dict(self) -> State:
         """Weights and moments by parameter name, each knowing its place in the whole, and the loss scale."""
         mesh = sharding.state_mesh(self.groups, self.device.type)
-        zero = self.config.parallel.zero
         model: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {}
         for p in self.parameters:
@@ -257,9 +235,9 @@ class NativeEngine:
                 continue  # nothing of it is here
             state = self.optimizer.state[p.master] or _no_moments(p.master)
             self.optimizer.state[p.master] = state
-            model[name] = sharding.as_whole(p.shard, p.master.detach(), mesh, zero)
+            model[name] = sharding.as_whole(p.shard, p.master.detach(), mesh)
             moments[name] = {
-                key: value if value.ndim == 0 else sharding.as_whole(p.shard, value, mesh, zero)
+                key: value if value.ndim == 0 else sharding.as_whole(p.shard, value, mesh)
                 for key, value in state.items()
             }
         return {"model": model, "optimizer": moments, "engine": {"loss_scale": asdict(self.scale)}}
@@ -284,11 +262,6 @@ class NativeEngine:
         """
         self.chunks, self.parameters, self._pipeline = [], [], None
         gc.collect()
-
-
-def _share(shard: sharding.Shard) -> float:
-    """What one rank's copy counts in a sum over the world."""
-    return 0.0 if shard.tied_to else 1 / shard.copies
 
 
 def _no_moments(master: Tensor) -> dict[str, Tensor]:

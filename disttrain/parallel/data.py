@@ -1,9 +1,9 @@
-"""Data parallelism: DistributedDataParallel, FSDP2 as ZeRO stages 1 to 3 and HSDP, or one sum after a pipeline's step.
+"""Data parallelism: DistributedDataParallel, or FSDP2 as ZeRO stages 1 to 3 and HSDP.
 
 Every reduction is a SUM: losses are divided by the count of the whole step before the backward pass.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,11 +18,7 @@ from disttrain.config.schema import Precision
 from disttrain.models import Model
 from disttrain.parallel.collectives import Traffic, all_gather_flat, reduce_scatter_flat
 from disttrain.parallel.groups import Group, Groups
-from disttrain.parallel.sharding import LocalParameter
 from disttrain.precision import COMPUTE_DTYPE
-
-BUCKET_BYTES = 32 << 20
-"""Largest flat buffer of `sum_over`, bytes."""
 
 
 class LossModule(nn.Module):
@@ -62,8 +58,10 @@ def shard(
 
     Stages 1 and 2 keep the whole weights from the forward to the end of the backward pass, stage 3 gathers them anew.
     Several replicas of the sharded group make HSDP (Zhao et al. 2023, section 3.2.2). In bf16 and fp16 the blocks'
-    weights are gathered in that type; gradients are always reduced in the master type. `fill(module, name)` gives a
-    module its storage and values right before it is sharded, so that only one block is ever whole.
+    weights are gathered in that type; gradients are always reduced in the master type. The blocks' norms stay whole on
+    every rank, a half per cent of a block or less: they compute in the master type as without ZeRO, and their gradients
+    are the engine's to sum. `fill(module, name)` gives a module its storage and values right before it is sharded, so
+    that only one block is ever whole.
     """
     low = precision in ("bf16", "fp16")
     policy = MixedPrecisionPolicy(
@@ -75,12 +73,14 @@ def shard(
         "mesh": groups.shard_mesh,
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     }
+    kept_whole: set[nn.Parameter] = set()
     for number, block in model.blocks.items():
         fill(block, f"blocks.{number}")
-        fully_shard(block, mp_policy=policy, reshard_after_forward=zero == 3, **kept)
+        kept_whole |= norms(block)
+        fully_shard(block, mp_policy=policy, reshard_after_forward=zero == 3, ignored_params=kept_whole, **kept)
     fill(model, "")
-    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(model, mp_policy=whole, reshard_after_forward=False, **kept)
+    master = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(model, mp_policy=master, reshard_after_forward=False, ignored_params=kept_whole, **kept)
     gather, scatter = CountedAllGather(groups.data.traffic), CountedReduceScatter(groups.data.traffic)
     for module in sharded_modules(model):
         module.set_force_sum_reduction_for_comms(True)
@@ -89,6 +89,16 @@ def shard(
         module.set_custom_reduce_scatter(scatter)
         if groups.mesh.replicate > 1:
             module.set_all_reduce_hook(groups.data.traffic.add)
+
+
+def norms(block: nn.Module) -> set[nn.Parameter]:
+    """Parameters of the modules of a block that hold vectors only."""
+    vectors: set[nn.Parameter] = set()
+    for module in block.modules():
+        own = list(module.parameters(recurse=False))
+        if all(parameter.ndim < 2 for parameter in own):
+            vectors.update(own)
+    return vectors
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -114,48 +124,6 @@ def synchronise(model: nn.Module, zero: int, last: bool) -> None:
 def unsynchronised(module: nn.Module, last: bool) -> AbstractContextManager:
     """The context of a micro-batch's forward and backward: DDP reduces with the step's last one only."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
-
-
-def sum_over(group: Group, tensors: Iterable[Tensor]) -> None:
-    """Sum tensors over a group in place, in flat buffers of at most 32 MiB that overlap their copies."""
-    if group.size == 1:
-        return
-    pending = []
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        group.traffic.add(flat)
-        pending.append((dist.all_reduce(flat, group=group.process_group, async_op=True), flat, bucket))
-    for work, flat, bucket in pending:
-        work.wait()
-        parts = flat.split([tensor.numel() for tensor in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
-
-
-def sum_tied(parameters: list[LocalParameter], tied: Mapping[str, str], groups: Groups) -> None:
-    """Add the gradients of a weight that two stages hold: the embedding on the first, the head's copy on the last.
-
-    Both then update it alike (Narayanan et al. 2021, section 2.2). On a V-shaped schedule both stages are on one rank.
-    """
-    for name, source in tied.items():
-        copy = next((p.gradient for p in parameters if p.shard.name == name and p.shard.tied_to), None)
-        first = next((p.gradient for p in parameters if p.shard.name == source), None)
-        if copy is not None and first is not None:
-            first += copy
-            copy.copy_(first)
-        elif copy is not None or first is not None:
-            sum_over(groups.tie, [gradient for gradient in (first, copy) if gradient is not None])
-
-
-def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    buckets: list[list[Tensor]] = []
-    size, dtype = 0, None
-    for tensor in tensors:
-        if not buckets or dtype != tensor.dtype or size + tensor.nbytes > BUCKET_BYTES:
-            buckets.append([])
-            size, dtype = 0, tensor.dtype
-        buckets[-1].append(tensor)
-        size += tensor.nbytes
-    return buckets
 
 
 class _Counted:

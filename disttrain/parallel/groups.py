@@ -81,7 +81,7 @@ def _new_group(mesh: Mesh, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         return None
     if len(ranks) == mesh.world_size:
         return dist.group.WORLD
-    return dist.new_group(list(ranks))
+    return dist.new_group(list(ranks))  # pyright: ignore[reportReturnType]
 
 
 def _tie(mesh: Mesh, rank: int, traffic: Traffic) -> Group:
@@ -125,4 +125,4 @@ def _device_mesh(mesh: Mesh, rank: int, device_type: str, names: tuple[str, ...]
 
 def _alone(mesh: Mesh, rank: int) -> dist.ProcessGroup:
     groups = [dist.new_group([other]) for other in range(mesh.world_size)]
-    return groups[rank]
+    return groups[rank]  # pyright: ignore[reportReturnType]

@@ -1,12 +1,14 @@
 """What each local parameter is of the whole one, and from there: filling, gathering, saving, counting copies.
 
 A parameter is cut at most twice: over the tensor axis along the dim its role says, then by FSDP2 over shard x context
-along dim 0. Each cut is torch.chunk's: equal chunks, rounded up, so that the last may be shorter or empty.
+along dim 0. Each cut is torch.chunk's: equal chunks, rounded up, so that the last may be shorter or empty. FSDP2 leaves
+the blocks' norms whole (see `disttrain.parallel.data.shard`).
 """
 
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,15 @@ from torch.distributed.tensor import Shard as Split
 from disttrain.parallel.groups import Groups, ranks_along
 
 
+class Cut(NamedTuple):
+    """One cut of a tensor into chunks."""
+
+    dim: int
+    chunks: int
+    index: int
+    """Which chunk is here."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One local parameter as a part of the whole."""
@@ -26,8 +37,10 @@ class Shard:
     """Full name of the whole parameter."""
     shape: torch.Size
     """Shape of the whole."""
-    cuts: tuple[tuple[int, int, int], ...]
-    """(dim, number of chunks, which chunk) in the order in which they are cut."""
+    tensor_cut: Cut | None
+    """How the tensor axis cuts it, which comes first."""
+    data_cut: Cut | None
+    """How ZeRO cuts what is left."""
     copies: int
     """Ranks of the world that hold these same elements."""
     partial: bool
@@ -39,7 +52,7 @@ class Shard:
     def slices(self) -> tuple[slice, ...]:
         """Where the local part lies in the whole."""
         bounds = [(0, size) for size in self.shape]
-        for dim, chunks, index in self.cuts:
+        for dim, chunks, index in filter(None, (self.tensor_cut, self.data_cut)):
             start, stop = bounds[dim]
             size = -(-(stop - start) // chunks)
             bounds[dim] = (min(start + index * size, stop), min(start + (index + 1) * size, stop))
@@ -88,23 +101,20 @@ class Cutting:
         """The part of a parameter before FSDP2 cuts it."""
         mesh = groups.mesh
         copies = mesh.replicate * mesh.shard * mesh.context
-        cuts: tuple[tuple[int, int, int], ...] = ()
-        if name in self.dims and mesh.tensor > 1:
-            cuts = ((self.dims[name], mesh.tensor, groups.tensor.rank),)
-        else:
-            copies *= mesh.tensor
-        return Shard(name, self.shapes[name], cuts, copies, name in self.partial, self.tied_to.get(name))
+        cut = Cut(self.dims[name], mesh.tensor, groups.tensor.rank) if name in self.dims else None
+        copies = copies if cut else copies * mesh.tensor
+        return Shard(name, self.shapes[name], cut, None, copies, name in self.partial, self.tied_to.get(name))
 
 
-def local_parameters(model: nn.Module, groups: Groups, cutting: Cutting, zero: int) -> list[LocalParameter]:
+def local_parameters(model: nn.Module, groups: Groups, cutting: Cutting) -> list[LocalParameter]:
     """The parameters of one stage in its last form, as `parallelize` leaves it."""
     found = []
     for name, parameter in model.named_parameters():
         shard, master = cutting.tensor_shard(name, groups), parameter
-        if zero:
+        if isinstance(parameter, DTensor):  # FSDP2 has cut it
             chunks = groups.mesh.shard * groups.mesh.context
-            cut = (0, chunks, groups.shard_mesh.get_local_rank("shard"))
-            shard = replace(shard, cuts=(*shard.cuts, cut), copies=shard.copies // chunks)
+            cut = Cut(0, chunks, groups.shard_mesh.get_local_rank("shard"))
+            shard = replace(shard, data_cut=cut, copies=shard.copies // chunks)
             master = nn.Parameter(local(parameter.detach()))
         found.append(LocalParameter(shard, parameter, master))
     return found
@@ -121,13 +131,15 @@ def state_mesh(groups: Groups, device_type: str) -> DeviceMesh:
     return DeviceMesh(device_type, ranks, mesh_dim_names=("tensor", "replicate", "shard"), _init_backend=False)
 
 
-def as_whole(shard: Shard, tensor: Tensor, mesh: DeviceMesh, zero: int) -> Tensor:
+def as_whole(shard: Shard, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """A local tensor shaped like the parameter's part, as a DTensor that knows its place in the whole."""
-    if not shard.cuts:
+    if shard.tensor_cut is None and shard.data_cut is None:
         return tensor
-    over_tensor = Split(shard.cuts[0][0]) if len(shard.cuts) > bool(zero) else Replicate()
-    placements = (over_tensor, Replicate(), Split(0) if zero else Replicate())
+    over_tensor, over_data = (
+        Replicate() if cut is None else Split(cut.dim) for cut in (shard.tensor_cut, shard.data_cut)
+    )
     stride = torch.empty(shard.shape, device="meta").stride()
+    placements = (over_tensor, Replicate(), over_data)
     return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shard.shape, stride=stride)
 
 
@@ -158,7 +170,7 @@ def disagreeing(parts: Iterable[tuple[Shard, Tensor]], groups: Groups) -> list[s
 
 
 def _checksum(part: Tensor) -> int:
-    return zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy()) if part.numel() else 0
+    return zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()) if part.numel() else 0
 
 
 def _to_first(value: list, groups: Groups) -> list:
