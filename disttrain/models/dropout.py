@@ -58,7 +58,8 @@ class Dropout(nn.Module):
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"dropout={p} is outside 0 to below 1")
-        self.p, self.site = p, site
+        self.p = p
+        self.site: int | Tensor = site
         self.part: tuple[int, int] = (0, 1)
         """(i, n): x holds chunk i of the n equal chunks of the keys' positions (sequence parallelism)."""
 
@@ -82,9 +83,18 @@ class Dropout(nn.Module):
         return f"p={self.p}, site={self.site}"
 
 
-def at_site(seeds: Tensor, site: int) -> Tensor:
-    """The samples' seeds int64 [B] mixed with a site's number, int64 [B]."""
-    return _mix(seeds + _signed(site * _STEP + _SITE))
+def at_site(seeds: Tensor, site: int | Tensor) -> Tensor:
+    """The samples' seeds int64 [B] mixed with a site's number, or with what `as_tensor` made of it; int64 [B]."""
+    return _mix(seeds + (_salt(site) if isinstance(site, int) else site))
+
+
+def as_tensor(site: int) -> Tensor:
+    """A site for a module that is compiled: torch.compile makes one graph for each value of an integer attribute."""
+    return torch.tensor(_salt(site), device="cpu")
+
+
+def _salt(site: int) -> int:
+    return _signed(site * _STEP + _SITE)
 
 
 def _signed(number: int) -> int:

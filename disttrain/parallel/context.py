@@ -30,10 +30,10 @@ def apply_context_parallel(model: nn.Module, group: Group, method: Literal["ring
     if group.size == 1:
         return
     across = {"ring": ring_attend, "ulysses": ulysses_attend}[method]
+    # Traced graphs cannot hold the exchange: torch.compile breaks them here. One object, so that blocks stay alike.
+    untraced: Any = torch.compiler.disable(partial(across, group=group))
     for module in model.modules():
         if isinstance(module, Attention):
-            # Traced graphs cannot hold the exchange: torch.compile breaks them here.
-            untraced: Any = torch.compiler.disable(partial(across, group=group))
             module.attend = untraced
 
 

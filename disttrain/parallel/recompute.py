@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from disttrain.models.dropout import Dropout, as_tensor
 from disttrain.models.layers import Attention, Block
 
 
@@ -20,9 +21,9 @@ def apply_recompute(model: nn.Module, mode: Literal["none", "selective", "full"]
     """
     for module in model.modules():
         if mode == "full" and isinstance(module, Block):
-            module.forward = _Recomputed(module.forward)
+            module.forward = _again(module.forward)
         if mode == "selective" and isinstance(module, Attention):
-            module.attend = _Recomputed(module.attend)
+            module.attend = _again(module.attend)
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
@@ -32,6 +33,9 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     compiled form twice.
     """
     for module in model.modules():
+        if isinstance(module, (Attention, Dropout)) and isinstance(module.site, int):
+            constant: Any = as_tensor(module.site)
+            module.site = constant
         if not isinstance(module, Block):
             continue
         forward = module.forward
@@ -39,6 +43,10 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
             forward.function = torch.compile(forward.function, backend=backend)
         else:
             module.compile(backend=backend)
+
+
+def _again(function: Callable[..., Any]) -> Any:
+    return _Recomputed(function)
 
 
 class _Recomputed:

@@ -184,7 +184,7 @@ class _Ring(torch.autograd.Function):
         query, key, value, mask, output, log_sum = ctx.saved_tensors
         causal, dropout, group = ctx.causal, ctx.dropout, ctx.group
         grad, wide, scale = grads[0], log_sum.dtype, 1 / math.sqrt(query.shape[-1])
-        shared = (grad * output).sum(-1, keepdim=True, dtype=wide)  # of a query: sum of weight * its gradient
+        shared = (grad.to(wide) * output).sum(-1, keepdim=True)  # of a query: sum of weight * its gradient
         grad_query = torch.zeros(query.shape, dtype=wide, device=query.device)
         arriving: Callable[[], list[Tensor]] | None = None
         for source, (keys, values), here in _rounds(key, value, mask, group):
