@@ -140,7 +140,7 @@ class BERT(nn.Module):
         Smoothing applies to mlm only.
         """
         batch = self.prepare_batch(batch)
-        return self.loss_of(self.forward_batch(batch), batch, label_smoothing)
+        return self.loss_of(self._logits(batch), batch, label_smoothing)
 
     def forward_batch(self, batch: dict[str, Tensor], x: Tensor | None = None) -> BERTLogits | Tensor:
         """`forward` of a prepared batch's tokens, or of hidden states x [B, S, H] that an earlier stage gave."""
@@ -151,7 +151,12 @@ class BERT(nn.Module):
     def scores(self, batch: dict[str, Tensor]) -> dict[str, LossSum]:
         """What evaluation reports: both losses, and how many predictions of each head are right (sum, of count)."""
         batch = self.prepare_batch(batch)
-        return self.scores_of(self.forward_batch(batch), batch)
+        return self.scores_of(self._logits(batch), batch)
+
+    def _logits(self, batch: dict[str, Tensor]) -> BERTLogits:
+        logits = self.forward_batch(batch)
+        assert isinstance(logits, BERTLogits)  # a stage without the head has no loss
+        return logits
 
     def scores_of(self, logits: BERTLogits, batch: dict[str, Tensor]) -> dict[str, LossSum]:
         """`scores` of logits that forward gave at the prepared batch's `mlm_positions`."""

@@ -85,8 +85,8 @@ def shard(
     for module in sharded_modules(model):
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
-        module.set_custom_all_gather(gather)
-        module.set_custom_reduce_scatter(scatter)
+        module.set_custom_all_gather(gather)  # pyright: ignore[reportArgumentType]  same shape, private base
+        module.set_custom_reduce_scatter(scatter)  # pyright: ignore[reportArgumentType]
         if groups.mesh.replicate > 1:
             module.set_all_reduce_hook(groups.data.traffic.add)
 
