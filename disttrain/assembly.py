@@ -16,7 +16,7 @@ from disttrain.engines.native import NativeEngine
 from disttrain.launch import RankInfo
 from disttrain.mesh import Mesh, build_mesh
 from disttrain.metrics import FlopsPerSequence
-from disttrain.parallel import world
+from disttrain.parallel import own_model, world
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import make_groups
 
@@ -79,19 +79,24 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: floa
     corpus = data.open_data(config, prepared)
     world.start(rank, device.type, timeout_s)
     engine = NativeEngine(config, make_groups(mesh, rank.rank, device.type, Traffic()), device, chosen)
-    parameters = costs.parameter_count(config.model).total
+    parameters, flops = _size(config)
     name = _device_name(device)
     peak = hardware.peak_flops(name, chosen)
-    return Session(config, rank, mesh, device, corpus, engine, parameters, _flops(config), name, peak)
+    return Session(config, rank, mesh, device, corpus, engine, parameters, flops, name, peak)
 
 
-def _flops(config: Config) -> FlopsPerSequence:
-    model, length = config.model, config.data.sequence_length
+def _size(config: Config) -> tuple[int, FlopsPerSequence]:
+    """Parameters and FLOPs of a sequence: by formula, or counted for a model of the user's own."""
+    model, length, recompute = config.model, config.data.sequence_length, config.parallel.recompute
+    if model.source is not None:
+        parameters, forward = own_model.measure(model, length)
+        again = forward if recompute == "full" else 0.0
+        return parameters, FlopsPerSequence(causal=3 * forward, full=3 * forward, hardware=3 * forward + again)
     predicted = config.data.mlm_probability * length if model.family == "bert" else None
-    return FlopsPerSequence(
+    return costs.parameter_count(model).total, FlopsPerSequence(
         causal=costs.training_flops_per_sequence(model, length, True, predicted),
         full=costs.training_flops_per_sequence(model, length, False, predicted),
-        hardware=costs.hardware_flops_per_sequence(model, length, config.parallel.recompute, predicted),
+        hardware=costs.hardware_flops_per_sequence(model, length, recompute, predicted),
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +67,53 @@ def check(
     if problems:
         raise RefusedInput(problems)
     _console().print(overview(settings, world_size))
+
+
+class Matrix(StrEnum):
+    """Which layouts `verify` takes when none are named."""
+
+    small = "small"
+    full = "full"
+
+
+class ProofPrecision(StrEnum):
+    """The arithmetic `verify` compares in."""
+
+    fp64 = "fp64"
+    own = "own"
+
+
+@app.command()
+def verify(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    layouts: Annotated[str | None, typer.Option(help="Layouts by name, separated by commas.")] = None,
+    matrix: Annotated[Matrix, typer.Option(help="small: each feature once; full: every legal one.")] = Matrix.small,
+    precision: Annotated[
+        ProofPrecision, typer.Option(help="fp64 to 1e-10, or the run's own against its rounding.")
+    ] = ProofPrecision.fp64,
+    out: Annotated[Path | None, typer.Option(help="The certificate; verify.json in the run folder by default.")] = None,
+) -> None:
+    """Prove that layouts train exactly like one process, on this config's model and data; 0 equal, 1 not."""
+    from disttrain import data, preflight
+    from disttrain.config.problems import RefusedInput
+    from disttrain.interruption import Interruption
+
+    if layouts and matrix is not Matrix.small:
+        raise typer.BadParameter("name layouts or choose a matrix, not both", param_hint="--layouts")
+    settings = _load(config, overrides)
+    problems = [*data.preflight(settings), *preflight.own_model(settings)]
+    if problems:
+        raise RefusedInput(problems)
+    prepared = _prepare(settings, Interruption(), quiet=False)
+    from disttrain.verify import run
+
+    command = " ".join(["disttrain verify", str(config), *(overrides or [])])
+    if precision is not ProofPrecision.fp64:
+        command += f" --precision {precision}"
+    equal = run(settings, layouts=layouts, matrix=matrix.value, precision=precision.value, prepared=prepared, out=out,
+                command=command)  # fmt: skip
+    raise typer.Exit(0 if equal else 1)
 
 
 @app.command()

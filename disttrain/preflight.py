@@ -22,11 +22,24 @@ def problems(config: Config, world_size: int) -> list[Problem]:
     """Every reason to refuse this run on this many ranks."""
     found = [
         *layout.problems(config, world_size),
+        *own_model(config),
         *data.preflight(config),
         *loggers.preflight(config),
         *_run_folder(config),
     ]
     return [problem for index, problem in enumerate(found) if problem not in found[:index]]
+
+
+def own_model(config: Config) -> list[Problem]:
+    """Why the user's own model cannot be used; needs torch, but only where there is one."""
+    if config.model.source is None:
+        if not config.model.options:
+            return []
+        return [Problem(("model.options", "model.source=null"), "options are for a model of your own only",
+                        "remove model.options or give model.source")]  # fmt: skip
+    from disttrain.parallel.own_model import problems
+
+    return problems(config)
 
 
 def run_folder(config: Config) -> Path:

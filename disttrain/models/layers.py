@@ -7,7 +7,7 @@ Shapes: B batch (sequences), S sequence (tokens), H hidden size, A heads, D = H 
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +155,11 @@ class Block(nn.Module):
 def blocks(config: ModelConfig, causal: bool) -> nn.ModuleDict:
     """All blocks by number; a pipeline stage deletes keys and the names of the others stay."""
     return nn.ModuleDict({str(i): Block(config, causal, i) for i in range(config.layers)})
+
+
+def attending(model: nn.Module) -> list[Any]:
+    """The modules that call attention through `self.attend`: Attention, and those of a user's own model."""
+    return [module for module in model.modules() if callable(getattr(module, "attend", None))]
 
 
 def keys_of(batch: dict[str, Tensor], x: Tensor) -> Keys:

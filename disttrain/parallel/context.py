@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from disttrain.models.cross_entropy import IGNORED
 from disttrain.models.dropout import WeightDropout
-from disttrain.models.layers import Attention, attend
+from disttrain.models.layers import attend, attending
 from disttrain.parallel.conjugate import all_to_all, gather_from
 from disttrain.parallel.groups import Group
 from disttrain.parallel.ring import positions_of, ring_attend
@@ -32,9 +32,8 @@ def apply_context_parallel(model: nn.Module, group: Group, method: Literal["ring
     across = {"ring": ring_attend, "ulysses": ulysses_attend}[method]
     # Traced graphs cannot hold the exchange: torch.compile breaks them here. One object, so that blocks stay alike.
     untraced: Any = torch.compiler.disable(partial(across, group=group))
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.attend = untraced
+    for module in attending(model):
+        module.attend = untraced
 
 
 def split_batch(batch: dict[str, Tensor], group: Group, zigzag: bool) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from disttrain.config.presets import shape_of
 from disttrain.models import BERT, GPT, tie_weights
 from disttrain.models.dropout import Dropout
-from disttrain.models.layers import Attention
 from disttrain.parallel import conjugate
 from disttrain.parallel.conjugate import own_range, start_all_reduce, start_gather, start_reduce_scatter
 from disttrain.parallel.groups import Group
@@ -57,7 +56,7 @@ def apply_tensor_parallel(model: GPT | BERT, group: Group, sequence: bool) -> Te
             splits[f"{name}.weight"] = 1 if role == "row" else 0
             if role != "row" and getattr(module, "bias", None) is not None:
                 splits[f"{name}.bias"] = 0
-        if isinstance(module, Attention):
+        if hasattr(module, "first_head"):
             module.first_head = own_range(model.config.heads, group).start
     tie_weights(model)
     model.vocabulary = ShardedVocabulary(group, shape_of(model.config).vocab_size)
