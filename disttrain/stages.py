@@ -103,11 +103,9 @@ def _best_cut(
         last = stage == stages - 1
         options: dict[int, tuple[float, list[int]]] = {}
         for end in range(count if last else stage + 1, count - (stages - stage - 1) + 1):
-            options[end] = min(
-                (add(value, cost_of(stage, start, end)), [*ends, end])
-                for start, (value, ends) in found.items()
-                if start < end
-            )
+            values = {at: add(found[at][0], cost_of(stage, at, end)) for at in found if at < end}
+            start = min(values, key=values.__getitem__)
+            options[end] = (values[start], [*found[start][1], end])
         found = options
     return found[count]
 
@@ -148,34 +146,56 @@ def schedule_problems(
 
 
 def _size_problems(schedule: str, p: int, v: int, m: int, layers: int) -> list[Problem]:
-    name = f"parallel.schedule={schedule}"
+    name, ranks = f"parallel.schedule={schedule}", f"parallel.pipeline={p}"
     problems = []
     if p * v > layers:
-        fix = f"Use at most {layers} stages (parallel.pipeline times {v} per rank), or a deeper model."
+        held = "" if v == 1 else f" ({v} on each rank)"
         problems.append(
-            Problem((f"parallel.pipeline={p}", f"model.layers={layers}"), f"{p * v} stages, {layers} layers.", fix)
+            Problem(
+                (ranks, f"model.layers={layers}"),
+                f"{layers} layers cannot fill {p * v} stages{held}",
+                "use fewer ranks or stages a rank, or a deeper model",
+            )
         )
     least = {"1f1b": p, "dualpipev": 2 * p}.get(schedule, 1)
     if m < least:
         problems.append(
             Problem(
-                (name, f"parallel.pipeline={p}"),
-                f"This schedule needs at least {least} micro-batches in a step; there are {m}.",
-                "Make train.micro_batch_size smaller or train.global_batch_size larger, or take gpipe.",
+                (name, ranks),
+                f"this schedule needs at least {least} micro-batches on each data rank in a step, there are {m}",
+                "make train.micro_batch_size smaller or train.global_batch_size larger, or use parallel.schedule=gpipe",
             )
         )
     rounds = max(1, m // p)
     if schedule in ("interleaved_1f1b", "interleaved_zero_bubble") and m % rounds:
         problems.append(
             Problem(
-                (name, f"parallel.pipeline={p}"),
-                f"This schedule takes micro-batches in {rounds} equal rounds; {m} cannot be divided so.",
-                f"Have a multiple of {p} micro-batches in a step, or take looped_bfs.",
+                (name, ranks),
+                f"this schedule takes the {m} micro-batches of a data rank in {rounds} rounds, which are not equal",
+                f"have a multiple of {p} micro-batches in a step, or use parallel.schedule=looped_bfs",
             )
         )
     return problems
 
 
 def _split_problems(schedule: str, recompute: str, compiled: bool) -> list[Problem]:
-    """Nothing yet is known to be wrong."""
-    return []
+    """What goes badly with two halves of the backward pass: measured on torch 2.13."""
+    name, problems = f"parallel.schedule={schedule}", []
+    if recompute == "full":
+        problems.append(
+            Problem(
+                (name, "parallel.recompute=full"),
+                "this schedule computes the gradients of weights later and one by one, and a block would be computed "
+                "again for each of them: up to 8 forward passes instead of 2",
+                "use parallel.recompute=selective, or parallel.schedule=1f1b or interleaved_1f1b",
+            )
+        )
+    if compiled:
+        problems.append(
+            Problem(
+                (name, "run.compile=true"),
+                "this schedule runs the halves of the backward pass apart, which a compiled block cannot",
+                "use run.compile=false, or parallel.schedule=1f1b or interleaved_1f1b",
+            )
+        )
+    return problems

@@ -7,19 +7,16 @@ scalar. Logits exist nowhere else, micro-batches may differ in anything but the 
 own splitting of batches, loss functions and scaling of gradients are not used.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from disttrain.parallel.groups import Group
+from disttrain.parallel.stage import Clock, Run, Stage
 from disttrain.stages import rank_of_stage
 
 TORCH_NAMES = {
@@ -32,9 +29,6 @@ TORCH_NAMES = {
     "dualpipev": "DualPipeV",
 }
 """What torch calls the schedules of `disttrain.stages.SCHEDULES`."""
-
-Run = Callable[[Any, int, Tensor | None], Tensor]
-"""(chunk, micro-batch number, x [B, S, H] or None) -> [B, S, H], or the scalar to differentiate."""
 
 Batch = TypeVar("Batch")
 
@@ -71,10 +65,10 @@ class Pipeline:
         self.group, self.schedule = group, schedule
         self.stages = len(chunks) * group.size
         self.dtype, self.device = hidden_dtype, device
-        self._clock = _Clock(device)
+        self._clock = Clock(device)
         hidden = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
         self._stages = [
-            _Stage(model, number, self.stages, group, device, hidden, zero, self._clock) for number, model in chunks
+            Stage(model, number, self.stages, group, device, hidden, zero, self._clock) for number, model in chunks
         ]
         made: Any = get_schedule_class(TORCH_NAMES[schedule])
         single = issubclass(made, PipelineScheduleSingle)
@@ -183,147 +177,3 @@ class _Relay:
 def _started(work: dist.Work | None) -> dist.Work:
     assert work is not None, "this rank is not in the pipeline's group"
     return work
-
-
-class _Chunk(nn.Module):
-    """What torch's schedule calls: the model through the step's function. It hides FSDP2 from the schedule."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype, last: bool):
-        super().__init__()
-        self.model, self.dtype, self.last = model, dtype, last
-        self.run: Run | None = None
-        self.micro_batch = 0
-
-    def forward(self, x: Tensor | None = None) -> Tensor:
-        """Hidden states [B, S, H] in the dtype that is sent, or the last stage's scalar."""
-        assert self.run is not None
-        y = self.run(self.model, self.micro_batch, x)
-        return y if self.last else y.to(self.dtype).contiguous()
-
-
-class _Stage(PipelineStage):
-    """torch's stage, which here also counts bytes and seconds, drives FSDP2 and holds no buffer longer than needed.
-
-    Shapes are given, so torch need not run the model to find them (drawing nothing, sending nothing).
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        number: int,
-        stages: int,
-        group: Group,
-        device: torch.device,
-        hidden: Tensor,
-        zero: int,
-        clock: "_Clock",
-    ):
-        last = number == stages - 1
-        self.model, self.chunk = model, _Chunk(model, hidden.dtype, last)
-        self._hidden, self._zero, self._clock, self._traffic = hidden, zero, clock, group.traffic
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        output = torch.empty((), dtype=hidden.dtype, device="meta", requires_grad=True) if last else hidden
-        super().__init__(
-            self.chunk,
-            number,
-            stages,
-            device,
-            input_args=(hidden,) if number else (),
-            output_args=(output,),
-            group=group.process_group,
-        )
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Forward of one micro-batch."""
-        self.chunk.micro_batch = fwd_chunk_id
-        with self._clock.busy():
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-
-    def backward_one_chunk(
-        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
-    ) -> None:
-        """Backward of one micro-batch, or the half of it that gives the gradient of the inputs."""
-        with self._clock.busy():
-            self._drive(full_backward, last_backward)
-            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-        gradients = self.bwd_cache[bwd_chunk_id]
-        self.bwd_cache[bwd_chunk_id] = tuple(g if g is None else g.contiguous() for g in gradients)
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """The other half: gradients of the weights."""
-        with self._clock.busy():
-            self._drive(self.is_first, last_backward)  # torch gives the first stage a whole backward here
-            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-            if self._sharded and not self.is_first and (last_backward or self._zero > 1):
-                self._reduce()
-
-    def _drive(self, whole: bool, last: bool) -> None:
-        """Set what FSDP2 does in the coming backward; one for half the gradients needs the weights gathered before."""
-        for module in self._sharded:
-            module.set_requires_gradient_sync(whole and (last or self._zero > 1), recurse=False)
-            module.set_reshard_after_backward(whole and (last or self._zero > 2), recurse=False)
-            if not whole:
-                module.unshard()
-        if self._sharded:
-            self._sharded[0].set_is_last_backward(last)
-
-    def _reduce(self) -> None:
-        """Reduce gradients that were not made by a backward pass FSDP2 has hooks in."""
-        self.submod = self.model
-        super().perform_reduce_grad(1)
-        self.submod = self.chunk
-
-    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """Nothing is left to do when the schedule asks for this."""
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Sends of hidden states, counted."""
-        return self._counted(super().get_fwd_send_ops(fwd_chunk_id))
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """Sends of gradients, counted."""
-        return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
-
-    def _counted(self, ops: list[dist.P2POp]) -> list[dist.P2POp]:
-        for op in ops:
-            self._traffic.add(op.tensor)
-        return ops
-
-
-class _Clock:
-    """Seconds of the steps, and of the chunks' work inside them."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.seconds = [0.0, 0.0]
-        self.events: list[tuple[int, Any, Any]] = []
-
-    def busy(self) -> Any:
-        """Work of a chunk."""
-        return self._span(0)
-
-    def whole(self) -> Any:
-        """A step."""
-        return self._span(1)
-
-    @contextmanager
-    def _span(self, kind: int) -> Iterator[None]:
-        if not self.cuda:
-            start = time.perf_counter()
-            yield
-            self.seconds[kind] += time.perf_counter() - start
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        yield
-        end.record()
-        self.events.append((kind, start, end))
-
-    def take(self) -> tuple[float, float]:
-        """(busy, whole) since the last call."""
-        for kind, start, end in self.events:
-            end.synchronize()
-            self.seconds[kind] += start.elapsed_time(end) / 1000
-        taken = (self.seconds[0], self.seconds[1])
-        self.seconds, self.events = [0.0, 0.0], []
-        return taken

@@ -1,18 +1,22 @@
 """Every pipeline schedule equals one process, for both families: losses, every gradient, evaluation."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from disttrain.config.schema import ModelConfig
 from disttrain.mesh import Mesh
 from disttrain.models import build_model
 from disttrain.parallel.collectives import Traffic
+from disttrain.parallel.data import shard
 from disttrain.parallel.groups import make_groups
 from disttrain.parallel.pipeline import Pipeline, keep_stage
-from disttrain.stages import SCHEDULES, layers_of_stages, stage_numbers
+from disttrain.stages import SCHEDULES, layers_of_stages, stage_numbers, virtual_stages
 from tests.ranks import run_ranks
 
 B, S, V, HIDDEN = 2, 8, 31, 16
@@ -65,6 +69,7 @@ def untied(model: Any) -> Any:
     return model
 
 
+@functools.cache
 def serial(family: str, layers: int, micro_batches: int) -> dict[str, Any]:
     """One process: gradients of both steps added up, loss sums, and scores of three batches of other shapes."""
     model: Any = untied(build_model(config_for(family, layers), 1, torch.float64))
@@ -116,6 +121,7 @@ def chunks_of(groups: Any, config: ModelConfig, schedule: str, virtual: int) -> 
 def one_case(
     groups: Any, traffic: Traffic, family: str, schedule: str, layers: int, virtual: int, micro_batches: int
 ) -> dict[str, Any]:
+    """The same on this rank of a pipeline."""
     chunks = chunks_of(groups, config_for(family, layers), schedule, virtual)
     shape = (B, S, HIDDEN)
     pipeline = Pipeline(chunks, groups.pipeline, schedule, micro_batches, torch.device("cpu"), shape, torch.float64)
@@ -133,21 +139,21 @@ def one_case(
     return {"gradients": gradients, "sums": sums, "scores": scores, "sent": sent, "bubble": bubble}
 
 
-SHORTEST = {"1f1b": 1, "dualpipev": 2}
-"""Least micro-batches for each pipeline rank."""
+LEAST = {"1f1b": 1, "dualpipev": 2}
+"""Least micro-batches for each pipeline rank; 1 in all where not said."""
 
 
 def cases_for(size: int, family: str) -> list[Case]:
+    """The fewest micro-batches a schedule takes, a middling and a larger number; layers that do not divide evenly."""
     cases: list[Case] = []
     for schedule, facts in SCHEDULES.items():
+        many = 2 * size + (facts.virtual_stages is not None)
+        counts = {LEAST[schedule] * size if schedule in LEAST else 1, many}
+        if size == 2 and family == "gpt":
+            counts.add(max(counts) - 1 if facts.virtual_stages else size)
         for virtual in [facts.virtual_stages] if facts.virtual_stages else [2, 3] if size == 2 else [2]:
             layers = size * virtual + (3 if size == 2 else 1)
-            counts = [SHORTEST[schedule] * size] if schedule in SHORTEST else [1, size]
-            for micro_batches in [
-                *counts,
-                2 * size + (0 if facts.virtual_stages is None and facts.placement == "loop" else 1),
-            ]:
-                cases.append((family, schedule, layers, virtual, micro_batches))
+            cases += [(family, schedule, layers, virtual, m) for m in sorted(counts)]
     return cases
 
 
@@ -156,12 +162,8 @@ def cases_for(size: int, family: str) -> list[Case]:
 def test_equals_one_process(size: int, family: str) -> None:
     cases = cases_for(size, family)
     ranks = run_ranks(pipelined, size, size, cases)
-    expected: dict[tuple[int, int], Any] = {}
     for case, results in zip(cases, zip(*ranks, strict=True), strict=True):
-        _, _, layers, _, micro_batches = case
-        if (layers, micro_batches) not in expected:
-            expected[layers, micro_batches] = serial(family, layers, micro_batches)
-        compare(expected[layers, micro_batches], list(results), case)
+        compare(serial(case[0], case[2], case[4]), list(results), case)
 
 
 def compare(expected: dict[str, Any], results: list[dict[str, Any]], case: Case) -> None:
@@ -185,3 +187,54 @@ def test_bytes_and_bubble() -> None:
         assert (first["sent"], second["sent"]) == tuple(n * hidden * micro_batches * STEPS for n in borders), case
         for busy, whole in (first["bubble"], second["bubble"]):
             assert 0 < busy < whole
+
+
+def sharded(rank: int, mesh: Mesh, cases: list[tuple[Case, int]]) -> list[dict[str, Any]]:
+    groups = make_groups(mesh, rank, "cpu", Traffic())
+    return [one_sharded_case(groups, case, zero) for case, zero in cases]
+
+
+def one_sharded_case(groups: Any, case: Case, zero: int) -> dict[str, Any]:
+    """Data rank r takes every micro-batch whose number is r modulo their number; chunks are under FSDP2."""
+    family, schedule, layers, virtual, micro_batches = case
+    chunks, data = chunks_of(groups, config_for(family, layers), schedule, virtual), groups.data
+    for _, model in chunks:
+        shard(model, groups, zero, "fp64", False, lambda module, name: None)
+    device, shape = torch.device("cpu"), (B, S, HIDDEN)
+    pipeline = Pipeline(chunks, groups.pipeline, schedule, micro_batches, device, shape, torch.float64, zero=zero)
+    sums: list[Tensor] = []
+    data.traffic.take()
+    for step in range(STEPS):
+        batches = [batch_of(family, 1000 * step + i) for i in range(micro_batches * data.size)]
+        run = loss_function(batches, chunks[0][1], sums)
+        pipeline.step(lambda chunk, i, x, run=run: run(chunk, i * data.size + data.rank, x))
+    sent, gradients = data.traffic.take()[0], {}
+    for _, model in chunks:
+        for name, p in model.named_parameters():
+            gradient: Any = p.grad
+            if isinstance(gradient, DTensor):
+                gradient = gradient.full_tensor()
+            else:
+                dist.all_reduce(gradient, group=data.process_group)
+            gradients[name] = gradient
+    scores = pipeline.evaluate(evaluation_batches(family, chunks[0][1]), score, lambda b: (*b["tokens"].shape, HIDDEN))
+    return {"gradients": gradients, "scores": scores, "sent": sent}
+
+
+@pytest.mark.parametrize("mesh", [Mesh(pipeline=2, shard=2), Mesh(pipeline=2, replicate=2, shard=2)])
+def test_zero_in_a_pipeline(mesh: Mesh) -> None:
+    """Stages 1 to 3 are exact under every schedule; 2 and 3 reduce gradients with every micro-batch."""
+    schedules = SCHEDULES if mesh.replicate == 1 else ["1f1b", "zbv"]
+    held = {schedule: virtual_stages(schedule) for schedule in schedules}
+    cases: list[Case] = [("bert", s, 2 * v + 1, v, 4) for s, v in held.items()]
+    both = [(case, zero) for case in cases for zero in (1, 2, 3) if zero != 2 or case[1] in ("1f1b", "zbv")]
+    ranks = run_ranks(sharded, mesh.world_size, mesh, both)
+    sent: dict[tuple[str, int], int] = {}
+    for (case, zero), results in zip(both, zip(*ranks, strict=True), strict=True):
+        expected = serial(case[0], case[2], case[4] * mesh.data_ranks)
+        gradients = {name: g for result in results for name, g in result["gradients"].items()}
+        for name, gradient in expected["gradients"].items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-12, msg=f"{case} {zero} {name}")
+        sent[case[1], zero] = results[0]["sent"]
+    for schedule in ("1f1b", "zbv"):
+        assert sent[schedule, 1] < sent[schedule, 2] <= sent[schedule, 3], schedule

@@ -161,4 +161,7 @@ def test_problems_name_what_is_wrong() -> None:
     assert schedule_problems("dualpipev", 4, 2, 8, 8) == []
     assert len(schedule_problems("1f1b", 4, 1, 3, 3)) == 2
     (problem,) = schedule_problems("interleaved_zero_bubble", 4, 2, 9, 8)
-    assert "2 equal rounds" in problem.message
+    assert "2 rounds, which are not equal" in problem.message
+    for schedule, facts in SCHEDULES.items():
+        problems = schedule_problems(schedule, 2, virtual_stages(schedule), 4, 8, recompute="full", compiled=True)
+        assert len(problems) == 2 * facts.splits_backward
