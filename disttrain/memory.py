@@ -83,26 +83,33 @@ def zero_bytes(
         2        w P / N   c P                       w P / N     2 w P / N
         3        w P / N   c (two blocks, the rest)  w P / N     2 w P / N
 
-    Weight and optimizer are the paper's K = 12 bytes. FSDP2 cuts rows, rounded up. What it gathers: blocks in the
-    compute type; the rest (embedding, head) in the master type, of which autocast makes a copy, and at stage 3 from
-    forward to backward too; of the blocks one that works and one that is on its way. Gradients of stage 1 are scattered
-    at once, as at stage 2, when a step has one micro-batch only (`accumulates` is false).
+    Weight and optimizer are the paper's K = 12 bytes. FSDP2 cuts rows, rounded up; the blocks' norms stay whole on every
+    rank and count as at stage 0, a half per cent of a block. What is gathered: blocks in the compute type; the rest
+    (embedding, head) in the master type, of which autocast makes a copy, and at stage 3 from forward to backward too; of
+    the blocks one that works and one that is on its way. Gradients of stage 1 are scattered at once, as at stage 2, when a
+    step has one micro-batch only (`accumulates` is false).
     """
     each = costs.state_bytes_per_parameter(precision)
     whole = sum(map(prod, shapes.values()))
     if zero == 0:
         return StateBytes(*(whole * number for number in each))
-    held = sum(prod((-(-rows // ranks), *rest)) for rows, *rest in shapes.values())
+    held = rest = 0
     blocks: dict[str, int] = {}
-    for name, shape in shapes.items():
-        if name.startswith("blocks."):
+    for name, (rows, *others) in shapes.items():
+        held += rows if _block_norm(name) else prod((-(-rows // ranks), *others))
+        if not name.startswith("blocks."):
+            rest += prod((rows, *others))
+        elif not _block_norm(name):
             number = name.split(".")[1]
-            blocks[number] = blocks.get(number, 0) + prod(shape)
+            blocks[number] = blocks.get(number, 0) + prod((rows, *others))
     gathered = sorted(blocks.values(), reverse=True)[: 2 if zero == 3 else None]
-    copy = sum(gathered) * (each.compute_copy or each.weight)
-    copy += (whole - sum(blocks.values())) * (each.compute_copy + each.weight)
+    copy = sum(gathered) * (each.compute_copy or each.weight) + rest * (each.compute_copy + each.weight)
     gradients = whole if zero == 1 and accumulates else held
     return StateBytes(held * each.weight, copy, gradients * each.gradient, held * each.optimizer)
+
+
+def _block_norm(name: str) -> bool:
+    return name.startswith("blocks.") and "_norm." in name
 
 
 def in_flight(schedule: str, rank: int, ranks: int, virtual: int, micro_batches: int) -> tuple[int, int]:

@@ -59,16 +59,21 @@ def test_the_whole_model_has_the_parameters_of_costs(family: str) -> None:
 def test_zero_follows_the_paper(ranks: int, precision: Any, wide: int) -> None:
     """Sixteen bytes a parameter (K = 12 and a gradient) in the shares of Rajbhandari et al. 2020, figure 1."""
     shapes = memory.parameter_shapes(model_of("gpt", vocab_size=64), range(3))
-    p = sum(map(prod, shapes.values()))
-    blocks = sum(prod(s) for n, s in shapes.items() if n.startswith("blocks."))
+    assert sum(1 for name in shapes if "_norm." in name) == 12
+    norms = sum(prod(shape) for name, shape in shapes.items() if "_norm." in name)  # not sharded
+    p = sum(map(prod, shapes.values())) - norms
+    blocks = sum(prod(shape) for name, shape in shapes.items() if name.startswith("blocks.")) - norms
+    held = p / ranks + norms
     expected = {
-        0: (wide * p, 0, wide * p, 2 * wide * p),
-        1: (wide * p / ranks, wide * p, wide * p, 2 * wide * p / ranks),
-        2: (wide * p / ranks, wide * p, wide * p / ranks, 2 * wide * p / ranks),
-        3: (wide * p / ranks, wide * (p - blocks / 3), wide * p / ranks, 2 * wide * p / ranks),
+        0: (p + norms, 0, p + norms, 2 * (p + norms)),
+        1: (held, p, p + norms, 2 * held),
+        2: (held, p, held, 2 * held),
+        3: (held, p - blocks / 3, held, 2 * held),
     }
-    for zero, numbers in expected.items():
-        assert memory.zero_bytes(shapes, zero, ranks, precision) == pytest.approx(numbers, rel=1e-12)
+    for zero, elements in expected.items():
+        assert memory.zero_bytes(shapes, zero, ranks, precision) == pytest.approx(
+            [wide * e for e in elements], rel=1e-12
+        )
     once = memory.zero_bytes(shapes, 1, ranks, precision, accumulates=False)
     assert once == memory.zero_bytes(shapes, 2, ranks, precision)
 
@@ -190,9 +195,10 @@ def test_a_pipeline_splits_the_layers_and_holds_what_is_in_flight() -> None:
 
 def test_zero_shards_over_shard_and_context_and_offloads() -> None:
     (one,), (shared,) = predicted(1), predicted(4, context=2, zero=3)
-    assert shared.state.weight == one.state.weight / 4
+    norms = 8 * 4 * 24 * 4  # bytes of the blocks' norms, which stay whole
+    assert shared.state.weight - norms == (one.state.weight - norms) / 4
     (replicas,) = predicted(4, zero=3, replicate=2)
-    assert replicas.state.weight == one.state.weight / 2
+    assert replicas.state.weight - norms == (one.state.weight - norms) / 2
     (moved,), (stage1,) = predicted(2, zero=2, offload=True), predicted(2, zero=1, offload=True)
     assert moved.host == moved.state.total - moved.state.compute_copy
     assert stage1.host == stage1.state.weight + stage1.state.optimizer
