@@ -64,7 +64,7 @@ class _CrossEntropySum(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         log_sum = logits.new_empty(len(logits), dtype=dtype)
         expected = logits.gather(1, targets[:, None]).squeeze(1).to(dtype).mul_(1 - label_smoothing)
-        for rows in _chunks(logits):
+        for rows in row_chunks(logits):
             wide = logits[rows].to(dtype)
             torch.logsumexp(wide, 1, out=log_sum[rows])
             if label_smoothing:
@@ -80,7 +80,7 @@ class _CrossEntropySum(torch.autograd.Function):
         smoothing = ctx.label_smoothing
         scale = grads[0] * counts
         grad = torch.empty_like(logits)
-        for rows in _chunks(logits):
+        for rows in row_chunks(logits):
             wide = torch.sub(logits[rows], log_sum[rows, None]).exp_()
             if smoothing:
                 wide -= smoothing / logits.shape[1]
@@ -90,7 +90,8 @@ class _CrossEntropySum(torch.autograd.Function):
         return grad, None, None
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
+def row_chunks(logits: Tensor) -> Iterator[slice]:
+    """Runs of rows small enough to be widened to float32 at once."""
     elements = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS["cuda"])
     step = max(1, elements // logits.shape[1])
     for start in range(0, len(logits), step):

@@ -62,9 +62,8 @@ def global_norm(parameters: list[LocalParameter], groups: Groups, device: torch.
     """
     held = [p for p in parameters if p.gradient is not None]
     norms = torch._foreach_norm(_present(held))
-    shares = [0.0 if p.shard.tied_to else 1 / p.shard.copies for p in held]
     squares = torch.stack([norm.to(device) for norm in norms]).double().square()
-    total = reduce_over(groups.world, (squares * torch.tensor(shares).to(device, non_blocking=True)).sum())
+    total = reduce_over(groups.world, (squares * torch.stack([p.share for p in held])).sum())
     return total.sqrt().to(norms[0].dtype)
 
 

@@ -64,7 +64,7 @@ def parallelize(config: Config, groups: Groups, device: torch.device, precision:
         module: nn.Module = data.LossModule(model)
         if not parallel.zero and groups.pipeline.size == 1:
             module = data.replicate(module, device, groups.data)
-        chunks.append(Chunk(number, model, module, local_parameters(model, groups, cutting)))
+        chunks.append(Chunk(number, model, module, local_parameters(model, groups, cutting, device)))
     return chunks
 
 

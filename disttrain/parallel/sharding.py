@@ -72,6 +72,8 @@ class LocalParameter:
     parameter: nn.Parameter
     master: nn.Parameter
     """The parameter itself, or the local tensor of FSDP2's, sharing its memory."""
+    share: Tensor
+    """Part of a sum over the world that is this rank's: 1 / copies, 0 for a tied copy; float64 scalar on the device."""
 
     @property
     def gradient(self) -> Tensor | None:
@@ -106,7 +108,7 @@ class Cutting:
         return Shard(name, self.shapes[name], cut, None, copies, name in self.partial, self.tied_to.get(name))
 
 
-def local_parameters(model: nn.Module, groups: Groups, cutting: Cutting) -> list[LocalParameter]:
+def local_parameters(model: nn.Module, groups: Groups, cutting: Cutting, device: torch.device) -> list[LocalParameter]:
     """The parameters of one stage in its last form, as `parallelize` leaves it."""
     found = []
     for name, parameter in model.named_parameters():
@@ -116,7 +118,8 @@ def local_parameters(model: nn.Module, groups: Groups, cutting: Cutting) -> list
             cut = Cut(0, chunks, groups.shard_mesh.get_local_rank("shard"))
             shard = replace(shard, data_cut=cut, copies=shard.copies // chunks)
             master = nn.Parameter(local(parameter.detach()))
-        found.append(LocalParameter(shard, parameter, master))
+        share = torch.tensor(0.0 if shard.tied_to else 1 / shard.copies, dtype=torch.float64, device=device)
+        found.append(LocalParameter(shard, parameter, master, share))
     return found
 
 

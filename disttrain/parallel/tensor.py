@@ -57,7 +57,8 @@ def apply_tensor_parallel(model: GPT | BERT, group: Group, sequence: bool) -> Te
             if role != "row" and getattr(module, "bias", None) is not None:
                 splits[f"{name}.bias"] = 0
         if hasattr(module, "first_head"):
-            module.first_head = own_range(model.config.heads, group).start
+            first: Any = own_range(model.config.heads, group).start
+            module.first_head = first
     tie_weights(model)
     model.vocabulary = ShardedVocabulary(group, shape_of(model.config).vocab_size)
     if not sequence:

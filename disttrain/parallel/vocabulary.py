@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from disttrain.models.cross_entropy import IGNORED, _chunks
+from disttrain.models.cross_entropy import IGNORED, row_chunks
 from disttrain.parallel.conjugate import own_range, start_gather
 from disttrain.parallel.groups import Group
 
@@ -66,7 +66,7 @@ class _ShardedCrossEntropySum(torch.autograd.Function):
         if of.part:
             at_target = logits.gather(1, targets[:, None]).squeeze(1).to(dtype)
             expected.copy_(at_target.mul_(1 - label_smoothing).where(here, 0.0))
-            for rows in _chunks(logits):
+            for rows in row_chunks(logits):
                 wide = logits[rows].to(dtype)
                 torch.logsumexp(wide, 1, out=log_sum[rows])
                 if label_smoothing:
@@ -88,7 +88,7 @@ class _ShardedCrossEntropySum(torch.autograd.Function):
         if not logits.shape[1]:
             return grads, None, None, None
         at_target = (smoothing - 1) * here.to(log_sum.dtype)
-        for rows in _chunks(logits):
+        for rows in row_chunks(logits):
             wide = torch.sub(logits[rows], log_sum[rows, None]).exp_()
             if smoothing:
                 wide -= smoothing / ctx.size
