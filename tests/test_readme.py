@@ -16,7 +16,7 @@ from disttrain.config.load import load
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
-SMALL = ["train.steps=3", "optim.warmup_steps=1", "train.eval_sequences=8", "data.max_bytes=300000", "model.layers=1",
+SMALL = ["train.steps=3", "optim.warmup_steps=1", "train.eval_sequences=8", "data.max_bytes=300000", "model.layers=4",
          "data.cache_dir=cache", "model.preset=null", "model.hidden_size=32",
          "model.heads=2"]  # fmt: skip
 """Makes the commands quick; all else is as in the README."""
@@ -39,7 +39,7 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
         if words[0] == "make":  # make test runs this very test; make demo is tested as disttrain demo
             subprocess.run([*words[:1], "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
             continue
-        takes_settings = {"train", "check", "prepare"} & set(words)
+        takes_settings = {"train", "check", "prepare", "verify"} & set(words)
         small = [*SMALL, "data.tokenizer_vocab_size=400"] if "configs/bert_tiny.yaml" in words else SMALL
         done = subprocess.run(
             [*tools[words[0]], *words[1:], *(small if takes_settings else [])], cwd=tmp_path, capture_output=True,
