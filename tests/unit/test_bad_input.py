@@ -149,6 +149,9 @@ CONTRADICTIONS: list[tuple[str, list[str], int, list[str], str]] = [
     *((f"{schedule} and zero 3", [*PIPELINE, "model.layers=4", f"parallel.schedule={schedule}", "parallel.zero=3"], 2,
        [f"parallel.schedule={schedule}", "parallel.zero=3"], "parallel.zero=2")
       for schedule in ("interleaved_zero_bubble", "zbv", "dualpipev")),
+    *((f"zbv and {setting}", [*PIPELINE, "model.layers=4", "parallel.schedule=zbv", setting], 2,
+       ["parallel.schedule=zbv", setting], "parallel.schedule=1f1b")
+      for setting in ("parallel.recompute=full", "run.compile=true")),
     ("more stages than layers", ["parallel.pipeline=4", "train.micro_batch_size=1"], 4,
      ["parallel.pipeline=4", "model.layers=2"], ""),
     ("more virtual stages than layers", [*PIPELINE, "parallel.schedule=interleaved_1f1b"], 2,
