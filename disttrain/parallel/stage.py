@@ -159,6 +159,10 @@ class Stage(PipelineStage):
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Nothing is left to do when the schedule asks for this."""
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """torch 2.11 greets both neighbours before the first step, also a stage on its own rank, which gloo cannot."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         """torch makes a buffer for every micro-batch here: they are made when something is received instead."""
         prepared = super()._prepare_forward_infra(*args, **kwargs)

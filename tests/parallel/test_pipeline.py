@@ -238,3 +238,26 @@ def test_zero_in_a_pipeline(mesh: Mesh) -> None:
         sent[case[1], zero] = results[0]["sent"]
     for schedule in ("1f1b", "zbv"):
         assert sent[schedule, 1] < sent[schedule, 2] <= sent[schedule, 3], schedule
+
+
+def most_held(rank: int, micro_batches: int) -> int:
+    groups = make_groups(Mesh(pipeline=2), rank, "cpu", Traffic())
+    chunks = chunks_of(groups, config_for("gpt", 2), "1f1b", 1)
+    device, shape = torch.device("cpu"), (B, S, HIDDEN)
+    pipeline = Pipeline(chunks, groups.pipeline, "1f1b", micro_batches, device, shape, torch.float64)
+    run = loss_function([batch_of("gpt", i) for i in range(micro_batches)], chunks[0][1], [])
+    (stage,) = pipeline._stages
+    held = []
+
+    def counted(chunk: Any, micro_batch: int, x: Tensor | None) -> Tensor:
+        held.append(sum(info.buffer.numel() > 0 for i in range(micro_batches) for info in stage._received(i)))
+        return run(chunk, micro_batch, x)
+
+    for _ in range(STEPS):
+        pipeline.step(counted)
+    return max(held)
+
+
+def test_received_hidden_states_do_not_pile_up() -> None:
+    """1F1B holds as many as there are ranks after this one, however many micro-batches a step has."""
+    assert run_ranks(most_held, 2, 8) == [0, 1]
