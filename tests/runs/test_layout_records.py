@@ -17,6 +17,7 @@ def run(workplace: Workplace, name: str, ranks: int, *words: str) -> list[dict]:
     return workplace.records(name, "step")
 
 
+@pytest.mark.slow
 def test_layouts_count_the_same_tokens_and_divide_rates_by_the_world(workplace: Workplace) -> None:
     """Every rank of a model-parallel layout sees the same sequences; they count once."""
     alone = run(workplace, "alone", 1)
