@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from disttrain.verify.batches import GLOBAL_BATCH
 from disttrain.verify.compare import Difference
 from disttrain.verify.layouts import Layout
-from disttrain.verify.plan import HUNG, OVERFLOW
+from disttrain.verify.plan import HUNG, OVERFLOW, SAVED
 
 AXES = ("tensor", "sequence", "pipeline", "context", "data", "zero", "replicate", "recompute", "micro_batch",
         "offload", "compile")  # fmt: skip
@@ -20,6 +21,8 @@ class Facts:
     """Of the first phase that differs, the worst one first."""
     layout: Layout
     """The smallest one that was seen to fail in the same way."""
+    axes: tuple[str, ...]
+    """What of it cannot be left away."""
     settings: frozenset[str] = frozenset()
     """Settings without which it does not fail: dropout, label_smoothing."""
     tied: frozenset[str] = frozenset()
@@ -50,12 +53,12 @@ class Facts:
         return bool(self.tied) and all(d.name in self.tied for d in self.failures)
 
     def needs(self, *axes: str) -> bool:
-        """Whether the smallest failing layout still has all these."""
-        return set(axes) <= set(axes_of(self.layout))
+        """Whether it takes all these."""
+        return set(axes) <= set(self.axes)
 
     def only_needs(self, *axes: str) -> bool:
-        """Whether it has nothing but these."""
-        return bool(found := set(axes_of(self.layout))) and found <= set(axes)
+        """Whether it takes nothing but these."""
+        return bool(self.axes) and set(self.axes) <= set(axes)
 
     @property
     def size_factor(self) -> str:
@@ -64,12 +67,12 @@ class Facts:
         if factor is None or factor <= 0:
             return ""
         for size in sorted({*sizes.values(), 2}):
-            axes = " or ".join(axis for axis, n in sizes.items() if n == size)
-            ranks = f", the number of {axes} ranks" if axes else ""
+            numbers = " or ".join(what for what, n in sizes.items() if n == size)
+            which = f", the number of {numbers}" if numbers else ""
             if math.isclose(factor, size, rel_tol=1e-6):
-                return f"{size} times too large{ranks}"
+                return f"{size} times too large{which}"
             if math.isclose(factor, 1 / size, rel_tol=1e-6):
-                return f"1/{size} of what it should be{ranks}"
+                return f"1/{size} of what it should be{which}"
         return ""
 
 
@@ -85,9 +88,13 @@ def axes_of(layout: Layout) -> list[str]:
 
 
 def axis_sizes(layout: Layout) -> dict[str, int]:
-    """Sizes above 1 of the axes of the mesh."""
-    sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
-    return {axis: size for axis, size in sizes.items() if size > 1}
+    """What a layout has several of, and how many."""
+    sizes = {
+        "tensor ranks": layout.tensor, "pipeline ranks": layout.pipeline, "context ranks": layout.context,
+        "data ranks": layout.data, "replicas": layout.replicate,
+        "micro-batches": GLOBAL_BATCH // (layout.data * layout.micro_batch) if layout.micro_batch else 1,
+    }  # fmt: skip
+    return {what: size for what, size in sizes.items() if size > 1}
 
 
 def _off_by_log(f: Facts) -> bool:
@@ -99,8 +106,12 @@ def _smaller(f: Facts) -> bool:
     return abs(f.first.ours) < abs(f.first.expected)
 
 
-def _note(word: str) -> Callable[[Facts], bool]:
-    return lambda f: f.first.note.startswith(word)
+def _part(*parts: str) -> Callable[[Facts], bool]:
+    return lambda f: f.first.part in parts
+
+
+def _as_loaded(f: Facts) -> bool:
+    return f.first.part == "weights" and f.first.step == SAVED
 
 
 def _always(f: Facts) -> bool:
@@ -144,6 +155,8 @@ TABLE: tuple[tuple[str, Callable[[Facts], bool], str], ...] = (
      "fit its forward pass"),
     ("gradients", lambda f: bool(f.size_factor), "gradients are summed over an axis too often, or averaged where they "
      "must be summed, or the loss is divided by a wrong count"),
+    ("gradients", lambda f: f.needs("zero") and f.vectors_only, "parameters that stay whole under ZeRO (norms) are not "
+     "summed over the data ranks exactly once"),
     ("gradients", lambda f: f.only_needs("micro_batch"), "accumulation: each micro-batch is divided by its own count "
      "(mean of means), or the gradients of one replace those of another"),
     ("gradients", lambda f: f.only_needs("data", "micro_batch", "zero", "replicate", "offload"), "data parallelism: "
@@ -152,6 +165,9 @@ TABLE: tuple[tuple[str, Callable[[Facts], bool], str], ...] = (
      "ranks, or the backward pass of attention loses a block"),
     ("gradients", lambda f: f.needs("tensor"), "tensor parallelism: the all-reduce of the backward pass at the entry "
      "of a column-parallel layer is missing or doubled"),
+    ("gradients", lambda f: f.needs("pipeline", "data"),
+     "gradients of pipeline stages are not summed over the data "
+     "ranks, or before they are complete"),
     ("gradients", lambda f: f.needs("pipeline"), "pipeline: a stage's gradients of some micro-batches are lost or "
      "counted twice"),
     ("gradients", lambda f: f.needs("recompute"), "recomputation does not repeat the forward pass"),
@@ -177,14 +193,17 @@ TABLE: tuple[tuple[str, Callable[[Facts], bool], str], ...] = (
     ("evaluation", lambda f: "dropout" in f.settings, "evaluation runs in training mode"),
     ("evaluation", lambda f: "label_smoothing" in f.settings, "label smoothing is used in evaluation"),
     ("evaluation", _always, "sums of evaluation are not added over the ranks that hold different sequences, once"),
+    ("checkpoint", lambda f: f.needs("pipeline"), "a stage writes its layers under other numbers, or not all of "
+     "them"),
     ("checkpoint", _always, "what is written is not the whole state: shards are misplaced, stale or missing"),
-    ("resume", _note("weights, as loaded"), "weights are not restored, or by wrong places"),
-    ("resume", _note("skip"), "the state of the loss scaler is lost on resume"),
-    ("resume", _note("weights"), "the optimizer's state is not restored: moments, step count, or shards of them"),
+    ("resume", _as_loaded, "weights are not restored, or by wrong places"),
+    ("resume", _part("skip"), "the state of the loss scaler is lost on resume"),
+    ("resume", _part("weights", "replicas"), "the optimizer's state is not restored: moments, step count, or shards of "
+     "them"),
     ("resume", _always, "a resumed run does not go on as the uninterrupted one"),
-    ("reshard", _note("weights, as loaded"), "a checkpoint of another layout is loaded into wrong places: layers in "
+    ("reshard", _as_loaded, "a checkpoint of another layout is loaded into wrong places: layers in "
      "another order, or shards exchanged"),
-    ("reshard", _note("skip"), "the state of the loss scaler is not taken over from another layout"),
+    ("reshard", _part("skip"), "the state of the loss scaler is not taken over from another layout"),
     ("reshard", _always, "the optimizer's state is not taken over from a checkpoint of another layout"),
 )  # fmt: skip
 """(phase, pattern, cause); the first row that fits is taken."""

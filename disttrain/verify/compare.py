@@ -47,7 +47,9 @@ class Difference:
     ratio: float | None = None
     """What the reference was multiplied by, where one factor explains the whole tensor."""
     note: str = ""
-    """On which rank, or which part of the phase."""
+    """On which rank."""
+    part: str = ""
+    """Within resume and reshard: the phase of the step that was repeated."""
 
     @property
     def failed(self) -> bool:
@@ -113,9 +115,9 @@ class Ledger:
         self, found: tuple[float, float, float, float | None], phase: str, step: int, name: str, note: str
     ) -> None:
         error, ours, expected, ratio = found
-        if self.label is not None:
-            phase, note = self.label, ", ".join(filter(None, (phase.replace("_", " "), note)))
-        difference = Difference(phase, step, name, error, self.bound(phase, step, name), ours, expected, ratio, note)
+        phase, part = (phase, "") if self.label is None else (self.label, phase)
+        bound = self.bound(phase, step, name)
+        difference = Difference(phase, step, name, error, bound, ours, expected, ratio, note, part)
         key = (phase, step, name)
         self.errors[key] = max(self.errors.get(key, 0.0), error)
         known = self.worst.get(phase)
@@ -127,14 +129,17 @@ class Ledger:
 
 def first_of(failures: Iterable[Difference]) -> list[Difference]:
     """The failures of the earliest phase of the earliest step, the worst one first; empty when there are none."""
-    ordered = sorted(failures, key=lambda d: (_place(d), -_size(d.error)))
-    return [d for d in ordered if _place(d) == _place(ordered[0])]
+    placed = [(place_of(d.phase, d.step, d.part), d) for d in failures]
+    first = min((place for place, _ in placed), default=None)
+    return sorted((d for place, d in placed if place == first), key=lambda d: -_size(d.error))
 
 
-def _place(difference: Difference) -> tuple[bool, int, int]:
-    order = PHASES.index(difference.phase)
-    after_training = order >= PHASES.index("evaluation")
-    return after_training, 0 if after_training else difference.step, order
+def place_of(phase: str, step: int, part: str = "") -> tuple[int, int, int]:
+    """Sorts phases of steps by cause and effect: training first, step by step, then what follows it."""
+    order = PHASES.index(phase)
+    if order < PHASES.index("evaluation"):
+        return 0, step, order
+    return order, step, PHASES.index(part) if part else 0
 
 
 def _size(error: float) -> float:

@@ -12,6 +12,9 @@ from disttrain.verify.layouts import Layout
 Failures = Sequence[Difference]
 """Of the first phase that differs, the worst first; empty when nothing does."""
 
+Fails = Callable[[Layout, Config, Difference], Failures]
+"""Runs a layout under a config, as far as a difference that was seen before, and says how it differs."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -33,7 +36,8 @@ class Finding:
         d = self.first
         more = f" and {self.others} more" if self.others else ""
         where = "before training" if d.step == 0 else f"step {d.step}"
-        note = f" ({d.note})" if d.note else ""
+        notes = ", ".join(filter(None, (d.part.replace("_", " "), d.note)))
+        note = f" ({notes})" if notes else ""
         ratio = f", a factor of {d.ratio:.6g}" if d.ratio is not None and abs(d.ratio - 1) > 1e-12 else ""
         size = "" if d.error == float("inf") else f" by {d.error:.2g} of its size (at most {d.bound:.1g} passes)"
         return [
@@ -47,29 +51,39 @@ class Finding:
 
 
 def explain(
-    config: Config, layout: Layout, failures: Failures, fails: Callable[[Layout, Config], Failures],
+    config: Config, layout: Layout, failures: Failures, fails: Fails,
     tied: frozenset[str], command: str, bisect: bool = True,
 ) -> Finding:  # fmt: skip
     """The finding about a layout that differs from one process as `failures` say.
 
-    `fails` runs a layout under a config and says how it differs. With `bisect` the layout is taken apart: every axis
-    that can go while the same phase still differs, goes; then dropout and label smoothing are tried without.
+    With `bisect` the layout is taken apart: every axis that can go while the same phase still differs, goes; then
+    dropout and label smoothing are tried without.
     """
     settings: set[str] = set()
-    smallest, phase = layout, failures[0].phase
+    smallest, wanted = layout, failures[0]
 
     def same(found: Failures) -> bool:
-        return bool(found) and found[0].phase == phase
+        return bool(found) and found[0].phase == wanted.phase
 
     if bisect:
-        smallest, failures = _smallest(config, layout, failures, lambda candidate: fails(candidate, config), same)
-        for name, changed in _without(config):
-            if not same(fails(smallest, changed)):
+        smallest, failures = _smallest(
+            config, layout, failures, lambda candidate: fails(candidate, config, wanted), same
+        )
+        for name, changed in _without(config) if wanted.phase != "run" else ():
+            if not same(fails(smallest, changed, wanted)):
                 settings.add(name)
-    facts = Facts(failures, smallest, frozenset(settings), tied)
-    axes = (*axes_of(smallest), *sorted(settings))
+    axes = needed(config, smallest)
+    facts = Facts(failures, smallest, axes, frozenset(settings), tied)
     rerun = f"{command} --layouts {shlex.quote(smallest.name)}"
+    axes = (*axes, *sorted(settings))
     return Finding(failures[0], len(failures) - 1, smallest, axes, likely_cause(facts), rerun)
+
+
+def needed(config: Config, smallest: Layout) -> tuple[str, ...]:
+    """What a smallest layout does; without micro-batches where its pipeline cannot do with one alone."""
+    whole = replace(smallest, micro_batch=None)
+    implied = smallest.micro_batch is not None and smallest.pipeline > 1 and bool(whole.problems(config))
+    return tuple(axis for axis in axes_of(smallest) if not (axis == "micro_batch" and implied))
 
 
 def _smallest(

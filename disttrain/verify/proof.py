@@ -84,17 +84,17 @@ class Proof:
             self._references[key] = self._make_reference(config, key)
         return self._references[key]
 
-    def verify(self, layout: Layout, config: Config | None = None) -> Verdict:
-        """Run a layout and compare it."""
+    def verify(self, layout: Layout, config: Config | None = None, until: tuple[str, int] | None = None) -> Verdict:
+        """Run a layout and compare it, up to a phase and step if given."""
         config, reference, bound = self.reference(config)
-        return self._compare(config, reference, layout, bound, self.plant)
+        return self._compare(config, reference, layout, bound, until)
 
     def explain(self, verdict: Verdict, command: str, bisect: bool = True) -> Finding:
         """Why a layout is not equal; runs smaller layouts to find out what it takes."""
         tied = model_class(self.config.model).tied
 
-        def fails(layout: Layout, config: Config) -> list[Difference]:
-            return self.verify(layout, config).failures
+        def fails(layout: Layout, config: Config, wanted: Difference) -> list[Difference]:
+            return self.verify(layout, config, (wanted.phase, wanted.step)).failures
 
         names = frozenset([*tied.keys(), *tied.values()])
         return explain(self.config, verdict.layout, verdict.failures, fails, names, command, bisect)
@@ -117,11 +117,11 @@ class Proof:
         return config, reference, noise_bound(floors)
 
     def _compare(
-        self, config: Config, reference: Reference, layout: Layout, bound: Bound, plant: Plant | None
+        self, config: Config, reference: Reference, layout: Layout, bound: Bound, until: tuple[str, int] | None
     ) -> Verdict:
         started = time.monotonic()
         try:
-            found = self._run(config, reference, layout, bound, plant)
+            found = self._run(config, reference, layout, bound, self.plant, until)
         except RanksFailed as error:
             name = HUNG if error.hung else last_line(next(iter(error.raised.values()), str(error)))
             failure = Difference("run", 0, name, math.inf, 0.0, math.nan, math.nan)
@@ -131,8 +131,9 @@ class Proof:
         return Verdict(layout, not failures, found.worst, failures, time.monotonic() - started)
 
     def _run(
-        self, config: Config, reference: Reference, layout: Layout, bound: Bound, plant: Plant | None
-    ) -> Comparison:
+        self, config: Config, reference: Reference, layout: Layout, bound: Bound, plant: Plant | None,
+        until: tuple[str, int] | None = None,
+    ) -> Comparison:  # fmt: skip
         folder = self.folder / "layout"
         applied = layout.applied(config)
         cores = len(os.sched_getaffinity(0))
@@ -140,7 +141,7 @@ class Proof:
         try:
             return run_ranks(
                 compare, layout.world, applied, self.precision, self.batches, reference, folder, bound, plant,
-                timeout_s=patience,
+                until, timeout_s=patience,
             )[0]  # fmt: skip
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,8 @@ fresh engine from the layout's own checkpoint, and by one from the checkpoint th
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from disttrain.mesh import build_mesh
 from disttrain.models import model_class
 from disttrain.parallel.collectives import Traffic, gather_objects
 from disttrain.parallel.groups import Groups, make_groups
+from disttrain.parallel.sharding import gather, local
 from disttrain.precision import LossScale
 from disttrain.verify.batches import Batches, micro_batches
-from disttrain.verify.compare import Difference, Ledger
+from disttrain.verify.compare import PHASES, Difference, Ledger, place_of
 from disttrain.verify.plan import OVERFLOW, SAVED, STEPS
 
 SCALE = LossScale(value=1024.0, growth_interval=2, minimum=1.0)
@@ -112,18 +114,21 @@ def record(rank: int, config: Config, precision: Precision, batches: Batches, fo
 
 def compare(
     rank: int, config: Config, precision: Precision, batches: Batches, expected: Reference, folder: Path,
-    bound: Callable[[str, int, str], float], plant: Plant | None = None,
+    bound: Callable[[str, int, str], float], plant: Plant | None = None, until: tuple[str, int] | None = None,
 ) -> Comparison:  # fmt: skip
     """One rank of a layout, compared with the reference as it goes; only rank 0's result counts.
 
-    `plant`, if given, is called first: a test's fault.
+    It ends with the first difference, or once the phase and step `until` were compared. `plant`, if given, is called
+    first: a test's fault.
     """
     started = time.monotonic()
     if plant is not None:
         plant()
     ledger = Ledger(bound)
-    for _ in _compare(rank, config, precision, batches, expected, folder, ledger):
-        if any(gather_objects(bool(ledger.failures))):
+    if until is None or until[0] == "run":  # which may happen anywhere
+        until = PHASES[-1], STEPS
+    for done in _compare(rank, config, precision, batches, expected, folder, ledger):
+        if any(gather_objects(bool(ledger.failures))) or place_of(*done) >= place_of(*until):
             break
     return Comparison(ledger.worst, ledger.failures, ledger.errors, time.monotonic() - started)
 
@@ -131,35 +136,43 @@ def compare(
 def _compare(
     rank: int, config: Config, precision: Precision, batches: Batches, expected: Reference, folder: Path,
     ledger: Ledger,
-) -> Iterator[None]:  # fmt: skip
-    """Compare one thing after the other; yields after each, when it may be stopped."""
+) -> Iterator[tuple[str, int]]:  # fmt: skip
+    """Compare one thing after the other; yields the phase and step that are done, when it may be stopped."""
     groups = _groups(rank, config)
-    observed = _Observed(groups, config, precision, batches, SCALE)
+    with closing(_Observed(groups, config, precision, batches, SCALE)) as observed:
+        path = yield from _compare_training(ledger, observed, expected, folder)
+    for ledger.label, source in (("resume", path), ("reshard", expected.checkpoint)):
+        with closing(_Observed(groups, config, precision, batches, None)) as observed:
+            observed.load(source)
+            weights = observed.weights()
+            if rank == 0:
+                loaded = expected.steps[SAVED - 1].weights
+                ledger.tensors("weights", SAVED, weights, loaded, expected.tied, "as loaded")
+            _compare_step(ledger, observed, expected, STEPS)
+            yield ledger.label, STEPS
+
+
+def _compare_training(
+    ledger: Ledger, observed: "_Observed", expected: Reference, folder: Path
+) -> Generator[tuple[str, int], None, Path]:
+    """From the initial weights to the last step; gives the checkpoint that was written on the way."""
+    rank, path = observed.groups.rank, folder
     initial, unequal = observed.weights(), observed.engine.disagreeing("weight")
     if rank == 0:
         ledger.tensors("initial_weights", 0, initial, expected.initial, expected.tied)
         _unequal(ledger, "replicas", 0, unequal)
-    yield
+    yield "replicas", 0
     for step in range(1, STEPS + 1):
         _compare_step(ledger, observed, expected, step)
-        yield
+        yield "replicas", step
         if step == SAVED:
             _compare_evaluation(ledger, gather_objects(observed.evaluate()), expected)
-            yield
+            yield "evaluation", step
             path = observed.save(folder)
             if rank == 0:
                 _compare_files(ledger, path, expected)
-            yield
-    observed.close()
-    for ledger.label, source in (("resume", path), ("reshard", expected.checkpoint)):
-        observed = _Observed(groups, config, precision, batches, None)
-        observed.load(source)
-        weights = observed.weights()
-        if rank == 0:
-            ledger.tensors("weights", SAVED, weights, expected.steps[SAVED - 1].weights, expected.tied, "as loaded")
-        _compare_step(ledger, observed, expected, STEPS)
-        observed.close()
-        yield
+            yield "checkpoint", step
+    return path
 
 
 def _compare_step(ledger: Ledger, observed: "_Observed", expected: Reference, step: int) -> None:
@@ -220,8 +233,9 @@ class _Observed:
         self._unequal: list[str] = []
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole weights on rank 0."""
-        return {name: tensor.clone() for name, tensor in self.engine.gather("weight").items()}
+        """Whole weights on rank 0, as the model has them: an optimizer could hold others."""
+        held = [(p.shard, local(p.parameter.detach())) for p in self.engine.parameters if not p.shard.tied_to]
+        return {name: tensor.clone() for name, tensor in gather(held, self.groups).items()}
 
     def step(self, step: int) -> StepTrace:
         """One optimizer step, with everything that can be seen of it."""

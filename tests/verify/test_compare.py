@@ -84,12 +84,16 @@ def test_the_first_difference_is_the_earliest_cause() -> None:
     assert [d.phase for d in first_of(after.failures)] == ["weights"]  # what trains wrongly, evaluates wrongly
 
 
-def test_a_label_keeps_the_phase_as_a_note() -> None:
+def test_a_label_keeps_the_phase_as_a_part() -> None:
     ledger = Ledger(exactly)
     ledger.label = "resume"
     ledger.number("grad_norm", 5, "norm", 2.0, 1.0, "on rank 0")
-    (found,) = ledger.failures
-    assert (found.phase, found.note) == ("resume", "grad norm, on rank 0")
+    ledger.number("weights", 5, "a", 9.0, 1.0)
+    found = ledger.failures[0]
+    assert (found.phase, found.part, found.note) == ("resume", "grad_norm", "on rank 0")
+    assert first_of(ledger.failures) == [found]
+    ledger.number("weights", 4, "a", 2.0, 1.0)
+    assert [d.step for d in first_of(ledger.failures)] == [4]
 
 
 def test_noise_bounds() -> None:

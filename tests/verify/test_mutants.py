@@ -1,0 +1,41 @@
+"""Verify must catch what it claims: every planted fault, in the right phase, on the right axis, by its name."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from disttrain.verify.layouts import parse
+from disttrain.verify.proof import Proof
+from tests.verify.mutants import MUTANTS, Mutant
+from tests.verify.small import proof_for
+
+
+@pytest.fixture(scope="module")
+def proofs() -> Iterator[dict[str, Proof]]:
+    with proof_for("gpt") as gpt, proof_for("bert") as bert:
+        yield {"gpt": gpt, "bert": bert}
+
+
+def test_there_are_enough() -> None:
+    assert len(MUTANTS) >= 25
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    caught = {mutant.phase for mutant in MUTANTS}
+    assert caught == {"run", "initial_weights", "counts", "forward", "gradients", "grad_norm", "skip", "clip",
+                      "weights", "replicas", "evaluation", "checkpoint", "resume", "reshard"}  # fmt: skip
+    assert {"tensor", "sequence", "pipeline", "context", "data", "zero", "replicate", "recompute", "micro_batch",
+            "dropout", "label_smoothing"} <= set().union(*(mutant.axes for mutant in MUTANTS))  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_is_caught(mutant: Mutant, proofs: dict[str, Proof]) -> None:
+    timeout = 5 if mutant.name == "one_rank_waits" else 60
+    proof = replace(proofs[mutant.family], plant=mutant.plant, timeout_s=timeout)
+    verdict = proof.verify(parse(mutant.layout))
+    assert not verdict.equal
+    finding = proof.explain(verdict, "disttrain verify x.yaml")
+    said = "\n".join(finding.lines())
+    assert verdict.failures[0].phase == finding.first.phase == mutant.phase, said
+    assert mutant.cause in finding.cause, said
+    assert set(finding.axes) == mutant.axes, said
+    assert finding.smallest.name in finding.rerun
