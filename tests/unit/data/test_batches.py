@@ -54,6 +54,8 @@ def test_batches_depend_on_the_seed_alone(config, text_file, family):
     (train_1, held_1), (again, _), (train_2, held_2) = first(1), first(1), first(2)
     for key in train_1:
         assert np.array_equal(train_1[key], again[key])
+    assert train_1["samples"].tolist() == list(range(12))
+    for key in held_1:
         assert np.array_equal(held_1[key], held_2[key]), "evaluation must not depend on the seed"
     assert not np.array_equal(train_1["tokens"], train_2["tokens"])
 

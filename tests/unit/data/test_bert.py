@@ -48,6 +48,7 @@ def test_layout_of_a_sequence(opened):
     assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {
         "tokens": ("int64", (400, 128)), "targets": ("int64", (400, 128)), "token_types": ("int64", (400, 128)),
         "attention_mask": ("bool", (400, 128)), "next_sentence": ("int64", (400,)),
+            "samples": ("int64", (400,)),
     }  # fmt: skip
     for row, types, mask in zip(tokens, batch["token_types"], batch["attention_mask"], strict=True):
         used = int(mask.sum())
