@@ -6,13 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench golden clean
+.PHONY: demo test check bench verify golden clean
 
 demo: $(READY)
 	$(BIN)/disttrain demo configs/gpt_tiny.yaml --nproc 2
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check disttrain tests benchmarks
@@ -22,6 +22,11 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/throughput.py
+
+# every legal layout on up to 8 ranks, GPT and BERT: the better part of an hour on two cores each
+verify: $(READY)
+	$(BIN)/disttrain verify configs/verify_gpt.yaml --matrix full
+	$(BIN)/disttrain verify configs/verify_bert.yaml --matrix full
 
 golden: $(READY)
 	$(BIN)/python tests/golden/regenerate.py
