@@ -148,11 +148,12 @@ def as_whole(shard: Shard, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def gather(parts: Iterable[tuple[Shard, Tensor]], groups: Groups) -> dict[str, Tensor]:
     """Whole tensors by name on rank 0, nothing elsewhere; every rank calls it. For proofs, not for large models."""
-    mine = [(shard.name, shard.shape, shard.slices, part.detach().cpu()) for shard, part in parts]
+    mine = [(shard.name, shard.shape, shard.slices, part.detach().cpu().numpy()) for shard, part in parts]
     everything = _to_first(mine, groups)
     whole: dict[str, Tensor] = {}
     for parts_of_rank in reversed(everything):  # of copies, the one on the lowest rank stays
         for name, shape, slices, part in parts_of_rank:
+            part = torch.from_numpy(part)  # tensors pickle slowly
             whole.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))[slices] = part
     return whole
 

@@ -22,6 +22,10 @@ SMALL = (
 """Each feature once, and four combinations on 8 ranks. Those that a model does not allow are left out."""
 
 
+FEW, MANY = (2, 1, 4), (8, 16)
+"""Micro-batches of a step: what is usual, and what some schedules need. Each takes all of a step's messages again."""
+
+
 def small_matrix(config: Config, max_world: int = MAX_WORLD) -> list[Layout]:
     """About a dozen and a half layouts: each feature once, and combinations on 8 ranks, as far as they are legal."""
     return [x for x in map(parse, SMALL) if x.world <= max_world and not x.problems(config)]
@@ -35,9 +39,10 @@ def full_matrix(config: Config, max_world: int = MAX_WORLD) -> list[Layout]:
     """
     layouts = []
     for base in _combinations(max_world):
-        variants = list(_variants(config, base))
+        variants = list(_variants(config, base, FEW))
         turn = len(layouts) % len(variants)
-        legal = (v for v in variants[turn:] + variants[:turn] if not v.problems(config))
+        variants = [*variants[turn:], *variants[:turn], *_variants(config, base, MANY)]
+        legal = (v for v in variants if not v.problems(config))
         if (layout := next(legal, None)) is not None:
             layouts.append(layout)
     return layouts
@@ -46,7 +51,7 @@ def full_matrix(config: Config, max_world: int = MAX_WORLD) -> list[Layout]:
 def enumerate_layouts(config: Config, max_world: int = MAX_WORLD) -> Iterator[Layout]:
     """Every legal layout on up to `max_world` ranks: thousands, the smaller worlds first."""
     for base in _combinations(max_world):
-        for layout in _variants(config, base):
+        for layout in _variants(config, base, FEW + MANY):
             if not layout.problems(config):
                 yield layout
 
@@ -79,12 +84,12 @@ def _combinations(max_world: int) -> Iterator[Layout]:
                              context, method, zero, replicate)  # fmt: skip
 
 
-def _variants(config: Config, base: Layout) -> Iterator[Layout]:
-    """The same messages with every recomputation, several micro-batches and offload."""
+def _variants(config: Config, base: Layout, numbers: Sequence[int]) -> Iterator[Layout]:
+    """The same messages with every recomputation, offload, and these numbers of micro-batches."""
     share = config.train.global_batch_size // base.data
-    sizes: list[int | None] = [size for size in (2, 1, 4) if size < share and share % size == 0]
-    for recompute, micro_batch, offload in product(
-        ("none", "full", "selective"), [*sizes, None], (False, True) if base.zero else (False,)
+    sizes = [None if number == 1 else share // number for number in numbers if share % number == 0]
+    for recompute, offload, micro_batch in product(
+        ("none", "full", "selective"), (False, True) if base.zero else (False,), sizes
     ):
         yield replace(base, recompute=recompute, micro_batch=micro_batch, offload=offload)
 
