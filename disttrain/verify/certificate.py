@@ -13,10 +13,11 @@ from disttrain.config.schema import Config
 from disttrain.header import git_commit, versions
 from disttrain.run import write_atomically
 from disttrain.verify.batches import Batches
-from disttrain.verify.compare import EXACT, PHASES, SMALL_TENSOR, Difference
+from disttrain.verify.compare import PHASES, SMALL_TENSOR, Difference
 from disttrain.verify.findings import Finding
 from disttrain.verify.plan import STEPS, changes, config_hash
-from disttrain.verify.proof import FLOOR_MICRO_BATCHES, MULTIPLE, Verdict
+from disttrain.verify.proof import Verdict
+from disttrain.verify.tolerance import EXACT, FLOOR_MICRO_BATCHES, MULTIPLE, ROUNDING
 
 FORMAT = 1
 
@@ -56,16 +57,19 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _tolerance(precision: str) -> dict[str, Any]:
-    relative_to = f"largest element of the tensor, plus {SMALL_TENSOR:g} of the largest element of all tensors"
     if precision == "fp64":
-        return {"relative_error": EXACT, "relative_to": relative_to}
-    sizes = ["all" if size is None else size for size in FLOOR_MICRO_BATCHES]
+        return {
+            "relative_error": EXACT,
+            "of": "the worst element of a tensor",
+            "relative_to": f"its largest element, plus {SMALL_TENSOR:g} of the largest element of all tensors",
+        }
     return {
         "multiple_of_noise_floor": MULTIPLE,
-        "noise_floor": "per quantity: the largest error against float64 of one-process runs in this precision, at "
-        "least the median of its phase and step",
-        "noise_floor_micro_batches": sizes,
-        "relative_to": relative_to,
+        "of": "the root mean square of a tensor",
+        "relative_to": f"its root mean square, plus {SMALL_TENSOR:g} of the largest of all tensors",
+        "noise_floor": "the largest error against float64 of one-process runs in this precision, over all steps; at "
+        f"least the median of its phase, and {ROUNDING:.2g}",
+        "noise_floor_micro_batches": ["all" if size is None else size for size in FLOOR_MICRO_BATCHES],
     }
 
 

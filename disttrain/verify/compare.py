@@ -1,12 +1,14 @@
 """What differs between a layout and one process: every quantity by phase, in the order in which causes have effects."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from disttrain.verify.tolerance import Key, Tolerance
 
 PHASES = ("run", "initial_weights", "counts", "forward", "gradients", "grad_norm", "skip", "clip", "weights", "replicas",
           "evaluation", "checkpoint", "resume", "reshard")  # fmt: skip
@@ -17,15 +19,19 @@ what the layout wrote, read by one process. resume: a fresh engine goes on from 
 the checkpoint of one process.
 """
 
-EXACT = 1e-10
-"""Largest relative error in float64."""
-
 SMALL_TENSOR = 1e-3
 """A tensor's error is taken relative to its largest element plus this share of the largest element of all tensors.
 
 Some gradients are zero but for rounding (softmax does not see a constant added to every key); their rounding errors
 are relative to the terms that cancel, which are of the size of the other gradients.
 """
+
+
+Found = tuple[float, float, float, float | None]
+"""(relative error, ours and the reference's where they differ most, common factor)."""
+
+NOTHING: Found = (math.inf, math.nan, math.nan, None)
+"""One of the two is not there, or is no number."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Difference:
     name: str
     """Full name of a parameter, or of a number."""
     error: float
-    """Relative to the largest element of the reference."""
+    """Relative to the largest element of the reference, or of root mean squares."""
     bound: float
     """Largest error that passes."""
     ours: float
@@ -68,12 +74,12 @@ class Difference:
 class Ledger:
     """Errors of one run, as they come; `label` files everything that follows under one phase."""
 
-    bound: Callable[[str, int, str], float]
-    """Largest error that passes, of (phase, step, name)."""
+    tolerance: Tolerance
     label: str | None = None
     worst: dict[str, Difference] = field(default_factory=dict)
     """The largest error of each phase."""
-    errors: dict[tuple[str, int, str], float] = field(default_factory=dict)
+    errors: dict[Key, float] = field(default_factory=dict)
+    """The largest of each quantity; the phase is that of the step, after the label if there is one."""
     failures: list[Difference] = field(default_factory=list)
 
     def tensors(
@@ -81,15 +87,18 @@ class Ledger:
         tied: Mapping[str, str], note: str = "",
     ) -> None:  # fmt: skip
         """Compare whole tensors by full name. A tied name may be missing, and is compared with its source's."""
-        largest = max((float(t.abs().max()) for t in expected.values() if t.numel()), default=0.0)
+        if self.tolerance.together(self._kind(phase), step) and ours.keys() == expected.keys():
+            whole = [torch.cat([tensors[name].double().flatten() for name in expected]) for tensors in (ours, expected)]
+            ours, expected = {"all parameters": whole[0]}, {"all parameters": whole[1]}
+        largest = max((self._size(t.detach().double()) for t in expected.values() if t.numel()), default=0.0)
         for name, value in expected.items():
             if name in ours:
-                self._add(_compare(ours[name], value, largest), phase, step, name, note)
+                self._add(self._compare(ours[name], value, largest), phase, step, name, note)
             elif name not in tied:
-                self._add((math.inf, math.nan, math.nan, None), phase, step, name, "it is missing")
+                self._add(NOTHING, phase, step, name, "it is missing")
         for name in ours.keys() - expected.keys():
             source = expected.get(tied.get(name, ""))
-            found = (math.inf, math.nan, math.nan, None) if source is None else _compare(ours[name], source, largest)
+            found = NOTHING if source is None else self._compare(ours[name], source, largest)
             self._add(found, phase, step, name, note if source is not None else "one process has no such parameter")
 
     def number(self, phase: str, step: int, name: str, ours: float, expected: float, note: str = "") -> None:
@@ -109,22 +118,40 @@ class Ledger:
 
     def fail(self, phase: str, step: int, name: str, note: str) -> None:
         """Something is wrong that is no number."""
-        self._add((math.inf, math.nan, math.nan, None), phase, step, name, note)
+        self._add(NOTHING, phase, step, name, note)
 
-    def _add(
-        self, found: tuple[float, float, float, float | None], phase: str, step: int, name: str, note: str
-    ) -> None:
+    def _add(self, found: Found, phase: str, step: int, name: str, note: str) -> None:
         error, ours, expected, ratio = found
-        phase, part = (phase, "") if self.label is None else (self.label, phase)
-        bound = self.bound(phase, step, name)
-        difference = Difference(phase, step, name, error, bound, ours, expected, ratio, note, part)
-        key = (phase, step, name)
+        kind = self._kind(phase)
+        bound = self.tolerance.bound(kind, step, name)
+        key = (kind, step, name)
         self.errors[key] = max(self.errors.get(key, 0.0), error)
+        phase, part = (phase, "") if self.label is None else (self.label, phase)
+        difference = Difference(phase, step, name, error, bound, ours, expected, ratio, note, part)
         known = self.worst.get(phase)
         if known is None or difference.excess > known.excess:
             self.worst[phase] = difference
         if difference.failed:
             self.failures.append(difference)
+
+    def _kind(self, phase: str) -> str:
+        return phase if self.label is None else f"{self.label} {phase}"
+
+    def _compare(self, ours: Tensor, expected: Tensor, largest: float) -> Found:
+        """Of two whole tensors; `largest` is the size of the largest of all."""
+        if ours.shape != expected.shape:
+            return NOTHING
+        if expected.numel() == 0:
+            return 0.0, math.nan, math.nan, None
+        ours, expected = ours.detach().double().flatten(), expected.detach().double().flatten()
+        difference = ours - expected
+        at = int(difference.abs().nan_to_num(math.inf, math.inf).argmax())
+        error = self._size(difference) / (self._size(expected) + SMALL_TENSOR * largest + 1e-30)
+        error = math.inf if math.isnan(error) else error
+        return error, float(ours[at]), float(expected[at]), _factor(ours, expected)
+
+    def _size(self, tensor: Tensor) -> float:
+        return float(tensor.abs().max() if self.tolerance.by_element else tensor.square().mean().sqrt())
 
 
 def first_of(failures: Iterable[Difference]) -> list[Difference]:
@@ -144,20 +171,6 @@ def place_of(phase: str, step: int, part: str = "") -> tuple[int, int, int]:
 
 def _size(error: float) -> float:
     return math.inf if math.isnan(error) else error
-
-
-def _compare(ours: Tensor, expected: Tensor, largest: float) -> tuple[float, float, float, float | None]:
-    """(relative error, both values where they differ most, common factor) of two whole tensors."""
-    if ours.shape != expected.shape:
-        return math.inf, math.nan, math.nan, None
-    if expected.numel() == 0:
-        return 0.0, math.nan, math.nan, None
-    ours, expected = ours.detach().double().flatten(), expected.detach().double().flatten()
-    difference = (ours - expected).abs()
-    at = int(difference.nan_to_num(math.inf, math.inf).argmax())
-    scale = float(expected.abs().max()) + SMALL_TENSOR * largest + 1e-30
-    error = float(difference[at]) / scale
-    return (math.inf if math.isnan(error) else error), float(ours[at]), float(expected[at]), _factor(ours, expected)
 
 
 def _factor(ours: Tensor, expected: Tensor) -> float | None:

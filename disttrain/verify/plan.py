@@ -31,6 +31,11 @@ def proof_config(config: Config, precision: Precision, vocab_size: int) -> Confi
     })  # fmt: skip
 
 
+def rate(config: Config, step: int) -> float:
+    """Learning rate of a step: around the config's peak, and another one each time."""
+    return config.optim.lr * (0.6 + 0.1 * step)
+
+
 def changes(config: Config, proof: Config) -> dict[str, object]:
     """Settings of the user's config that verify replaced, by dotted name, with verify's value."""
     before, after = _flat(config.model_dump(mode="json")), _flat(proof.model_dump(mode="json"))
@@ -45,7 +50,7 @@ def config_hash(config: Config) -> str:
 def refuse_too_large(config: Config, free_bytes: int) -> None:
     """Raises RefusedInput when the reference and 8 ranks' float64 states do not fit into memory."""
     parameters = costs.parameter_count(config.model).total
-    needed = parameters * 8 * (2 * STEPS + 1 + 8 * 6)
+    needed = parameters * 8 * (3 * STEPS + 4 + 8 * 6)
     if needed > free_bytes:
         gib = 2.0**30
         settings = (f"model.layers={config.model.layers}", f"model.hidden_size={config.model.hidden_size}")

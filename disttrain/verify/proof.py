@@ -3,10 +3,8 @@
 import math
 import os
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,20 +12,14 @@ from disttrain.config.load import with_values
 from disttrain.config.schema import Config, Precision
 from disttrain.models import model_class
 from disttrain.verify.batches import Batches
-from disttrain.verify.compare import EXACT, Difference, first_of
+from disttrain.verify.compare import Difference, first_of
 from disttrain.verify.findings import Finding, explain
 from disttrain.verify.layouts import Layout
 from disttrain.verify.plan import HUNG, OVERFLOW, config_hash
 from disttrain.verify.ranks import RanksFailed, run_ranks
-from disttrain.verify.trace import Comparison, Plant, Reference, compare, record
-
-MULTIPLE = 4.0
-"""In less than float64 a layout's error may be this many times the noise floor."""
-
-FLOOR_MICRO_BATCHES = (None, 4, 1)
-"""Micro-batches of the one-process runs whose errors against float64 are the noise floor."""
-
-Bound = Callable[[str, int, str], float]
+from disttrain.verify.records import Reference
+from disttrain.verify.tolerance import FLOOR_MICRO_BATCHES, Exactly, Key, Measuring, Noise, Tolerance
+from disttrain.verify.trace import Comparison, Plant, compare, record
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ class Proof:
     """A fault planted in every layout, never in the reference (tests)."""
     timeout_s: float | None = None
     """Seconds a layout may take; from the reference's time when not given."""
-    _references: dict[str, tuple[Config, Reference, Bound]] = field(default_factory=dict)
+    _references: dict[str, tuple[Config, Reference, Tolerance]] = field(default_factory=dict)
     _folder: Path | None = None
 
     def __enter__(self) -> "Proof":
@@ -76,8 +68,8 @@ class Proof:
             raise ValueError("open the proof with `with`")
         return self._folder
 
-    def reference(self, config: Config | None = None) -> tuple[Config, Reference, Bound]:
-        """(config with the clip threshold, one process in float64, bounds); made when first asked for."""
+    def reference(self, config: Config | None = None) -> tuple[Config, Reference, Tolerance]:
+        """(config with the clip threshold, one process in float64, tolerance); made when first asked for."""
         config = config or self.config
         key = config_hash(config)
         if key not in self._references:
@@ -86,8 +78,8 @@ class Proof:
 
     def verify(self, layout: Layout, config: Config | None = None, until: tuple[str, int] | None = None) -> Verdict:
         """Run a layout and compare it, up to a phase and step if given."""
-        config, reference, bound = self.reference(config)
-        return self._compare(config, reference, layout, bound, until)
+        config, reference, tolerance = self.reference(config)
+        return self._compare(config, reference, layout, tolerance, until)
 
     def explain(self, verdict: Verdict, command: str, bisect: bool = True) -> Finding:
         """Why a layout is not equal; runs smaller layouts to find out what it takes."""
@@ -99,7 +91,7 @@ class Proof:
         names = frozenset([*tied.keys(), *tied.values()])
         return explain(self.config, verdict.layout, verdict.failures, fails, names, command, bisect)
 
-    def _make_reference(self, config: Config, key: str) -> tuple[Config, Reference, Bound]:
+    def _make_reference(self, config: Config, key: str) -> tuple[Config, Reference, Tolerance]:
         exact = with_values(config, {"precision": "fp64"})
         free = Layout().applied(with_values(exact, {"train.clip_grad_norm": None}))
         folder = self.folder / key[:12]
@@ -108,20 +100,20 @@ class Proof:
         config, exact = with_values(config, chosen), Layout().applied(with_values(exact, chosen))
         (reference,) = run_ranks(record, 1, exact, "fp64", self.batches, folder, timeout_s=3600)
         if self.precision == "fp64":
-            return config, reference, exactly
-        floors: dict[tuple[str, int, str], float] = {}
+            return config, reference, Exactly()
+        errors: dict[Key, float] = {}
         for size in FLOOR_MICRO_BATCHES:
             alone = Layout(micro_batch=size)
-            for name, error in self._run(config, reference, alone, unbounded, None).errors.items():
-                floors[name] = max(floors.get(name, 0.0), error)
-        return config, reference, noise_bound(floors)
+            found = self._run(config, reference, alone, Measuring(), None).errors
+            errors |= {quantity: max(errors.get(quantity, 0.0), error) for quantity, error in found.items()}
+        return config, reference, Noise.of(errors)
 
     def _compare(
-        self, config: Config, reference: Reference, layout: Layout, bound: Bound, until: tuple[str, int] | None
+        self, config: Config, reference: Reference, layout: Layout, tolerance: Tolerance, until: tuple[str, int] | None
     ) -> Verdict:
         started = time.monotonic()
         try:
-            found = self._run(config, reference, layout, bound, self.plant, until)
+            found = self._run(config, reference, layout, tolerance, self.plant, until)
         except RanksFailed as error:
             name = HUNG if error.hung else last_line(next(iter(error.raised.values()), str(error)))
             failure = Difference("run", 0, name, math.inf, 0.0, math.nan, math.nan)
@@ -131,7 +123,7 @@ class Proof:
         return Verdict(layout, not failures, found.worst, failures, time.monotonic() - started)
 
     def _run(
-        self, config: Config, reference: Reference, layout: Layout, bound: Bound, plant: Plant | None,
+        self, config: Config, reference: Reference, layout: Layout, tolerance: Tolerance, plant: Plant | None,
         until: tuple[str, int] | None = None,
     ) -> Comparison:  # fmt: skip
         folder = self.folder / "layout"
@@ -140,34 +132,11 @@ class Proof:
         patience = self.timeout_s or 90 + 60 * reference.seconds * max(1.0, layout.world / cores)
         try:
             return run_ranks(
-                compare, layout.world, applied, self.precision, self.batches, reference, folder, bound, plant,
+                compare, layout.world, applied, self.precision, self.batches, reference, folder, tolerance, plant,
                 until, timeout_s=patience,
             )[0]  # fmt: skip
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def exactly(phase: str, step: int, name: str) -> float:
-    """The bound in float64."""
-    return EXACT
-
-
-def unbounded(phase: str, step: int, name: str) -> float:
-    """The bound while noise is measured."""
-    return math.inf
-
-
-def noise_bound(floors: dict[tuple[str, int, str], float]) -> Bound:
-    """`MULTIPLE` times the noise of the quantity itself, or the median noise of its phase and step if that is more."""
-    groups: dict[tuple[str, int], list[float]] = {}
-    for (phase, step, _), error in floors.items():
-        groups.setdefault((phase, step), []).append(error)
-    typical = {group: statistics.median(errors) for group, errors in groups.items()}
-
-    def bound(phase: str, step: int, name: str) -> float:
-        return MULTIPLE * max(floors.get((phase, step, name), 0.0), typical.get((phase, step), 0.0))
-
-    return bound
 
 
 def clip_threshold(probe: Reference) -> float:
@@ -178,6 +147,9 @@ def clip_threshold(probe: Reference) -> float:
 
 
 def last_line(traceback: str) -> str:
-    """What a traceback says in the end."""
+    """What a traceback says in the end, with the place where it says nothing more than the kind of error."""
     lines = [line.strip() for line in traceback.strip().splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "no message"
+    if not lines:
+        return "no message"
+    place = next((line for line in reversed(lines) if line.startswith('File "')), "")
+    return lines[-1][:200] if ": " in lines[-1] or not place else f"{lines[-1]} in {place}"

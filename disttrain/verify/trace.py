@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,52 +31,13 @@ from disttrain.parallel.sharding import gather, local
 from disttrain.precision import LossScale
 from disttrain.verify.batches import Batches, micro_batches
 from disttrain.verify.compare import PHASES, Difference, Ledger, place_of
-from disttrain.verify.plan import OVERFLOW, SAVED, STEPS
+from disttrain.verify.expectation import Following, expectation
+from disttrain.verify.plan import OVERFLOW, SAVED, STEPS, rate
+from disttrain.verify.records import RankView, Reference, StepTrace
+from disttrain.verify.tolerance import Key, Tolerance
 
 SCALE = LossScale(value=1024.0, growth_interval=2, minimum=1.0)
 """Loss scale at the start: halved by the overflow, half-way to doubling when it is saved, doubled by the last step."""
-
-
-@dataclass(frozen=True)
-class RankView:
-    """What one rank says about a step."""
-
-    losses: dict[str, float]
-    counts: dict[str, int]
-    norm: float
-    skipped: bool
-    scales: dict[str, float]
-
-
-@dataclass
-class StepTrace:
-    """What happened in one step."""
-
-    step: int
-    ranks: list[RankView]
-    gradients: dict[str, Tensor]
-    """Of the whole batch, unscaled, before clipping."""
-    clipped: dict[str, Tensor]
-    """As the optimizer met them; empty when the step was skipped. The reference keeps `factor` instead."""
-    weights: dict[str, Tensor]
-    unequal: dict[str, list[str]]
-    """Copies of a gradient and of a weight that differ between ranks."""
-    factor: float = math.nan
-    """Clip factor; NaN when the step was skipped."""
-
-
-@dataclass
-class Reference:
-    """One process, one micro-batch."""
-
-    tied: dict[str, str]
-    initial: dict[str, Tensor]
-    steps: list[StepTrace] = field(default_factory=list)
-    evaluation: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    checkpoint: Path = Path()
-    files: dict[str, Tensor] = field(default_factory=dict)
-    """What is in that checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +48,7 @@ class Comparison:
     """Largest error of each phase that was reached."""
     failures: list[Difference]
     """Of the step or phase where the first one was met; comparing ends there."""
-    errors: dict[tuple[str, int, str], float]
+    errors: dict[Key, float]
     seconds: float
 
 
@@ -101,7 +62,6 @@ def record(rank: int, config: Config, precision: Precision, batches: Batches, fo
     reference = Reference(observed.tied, observed.weights())
     for step in range(1, STEPS + 1):
         trace = observed.step(step)
-        trace.factor, trace.clipped = _clip_factor(trace), {}
         reference.steps.append(trace)
         if step == SAVED:
             reference.evaluation = observed.evaluate()
@@ -113,8 +73,8 @@ def record(rank: int, config: Config, precision: Precision, batches: Batches, fo
 
 
 def compare(
-    rank: int, config: Config, precision: Precision, batches: Batches, expected: Reference, folder: Path,
-    bound: Callable[[str, int, str], float], plant: Plant | None = None, until: tuple[str, int] | None = None,
+    rank: int, config: Config, precision: Precision, batches: Batches, reference: Reference, folder: Path,
+    tolerance: Tolerance, plant: Plant | None = None, until: tuple[str, int] | None = None,
 ) -> Comparison:  # fmt: skip
     """One rank of a layout, compared with the reference as it goes; only rank 0's result counts.
 
@@ -124,61 +84,64 @@ def compare(
     started = time.monotonic()
     if plant is not None:
         plant()
-    ledger = Ledger(bound)
+    ledger = Ledger(tolerance)
     if until is None or until[0] == "run":  # which may happen anywhere
         until = PHASES[-1], STEPS
-    for done in _compare(rank, config, precision, batches, expected, folder, ledger):
+    for done in _compare(rank, config, precision, batches, reference, folder, ledger):
         if any(gather_objects(bool(ledger.failures))) or place_of(*done) >= place_of(*until):
             break
     return Comparison(ledger.worst, ledger.failures, ledger.errors, time.monotonic() - started)
 
 
 def _compare(
-    rank: int, config: Config, precision: Precision, batches: Batches, expected: Reference, folder: Path,
+    rank: int, config: Config, precision: Precision, batches: Batches, reference: Reference, folder: Path,
     ledger: Ledger,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
     """Compare one thing after the other; yields the phase and step that are done, when it may be stopped."""
     groups = _groups(rank, config)
+    following = expectation(config, precision, reference)
     with closing(_Observed(groups, config, precision, batches, SCALE)) as observed:
-        path = yield from _compare_training(ledger, observed, expected, folder)
-    for ledger.label, source in (("resume", path), ("reshard", expected.checkpoint)):
+        path = yield from _compare_training(ledger, observed, reference, following, folder)
+    for ledger.label, source in (("resume", path), ("reshard", reference.checkpoint)):
+        if rank == 0:
+            following = following.resumed() if ledger.label == "resume" else following.resharded()
         with closing(_Observed(groups, config, precision, batches, None)) as observed:
             observed.load(source)
             weights = observed.weights()
             if rank == 0:
-                loaded = expected.steps[SAVED - 1].weights
-                ledger.tensors("weights", SAVED, weights, loaded, expected.tied, "as loaded")
-            _compare_step(ledger, observed, expected, STEPS)
+                ledger.tensors("weights", SAVED, weights, following.weights, reference.tied, "as loaded")
+            _compare_step(ledger, observed, following, STEPS)
             yield ledger.label, STEPS
 
 
 def _compare_training(
-    ledger: Ledger, observed: "_Observed", expected: Reference, folder: Path
+    ledger: Ledger, observed: "_Observed", reference: Reference, following: Following, folder: Path
 ) -> Generator[tuple[str, int], None, Path]:
     """From the initial weights to the last step; gives the checkpoint that was written on the way."""
     rank, path = observed.groups.rank, folder
     initial, unequal = observed.weights(), observed.engine.disagreeing("weight")
     if rank == 0:
-        ledger.tensors("initial_weights", 0, initial, expected.initial, expected.tied)
+        ledger.tensors("initial_weights", 0, initial, reference.initial, reference.tied)
+        following.start(initial)
         _unequal(ledger, "replicas", 0, unequal)
     yield "replicas", 0
     for step in range(1, STEPS + 1):
-        _compare_step(ledger, observed, expected, step)
+        _compare_step(ledger, observed, following, step)
         yield "replicas", step
         if step == SAVED:
-            _compare_evaluation(ledger, gather_objects(observed.evaluate()), expected)
+            _compare_evaluation(ledger, gather_objects(observed.evaluate()), reference)
             yield "evaluation", step
             path = observed.save(folder)
             if rank == 0:
-                _compare_files(ledger, path, expected)
+                _compare_files(ledger, path, following.files)
             yield "checkpoint", step
     return path
 
 
-def _compare_step(ledger: Ledger, observed: "_Observed", expected: Reference, step: int) -> None:
+def _compare_step(ledger: Ledger, observed: "_Observed", following: Following, step: int) -> None:
     trace = observed.step(step)
     if observed.groups.rank == 0:
-        compare_step(ledger, trace, expected.steps[step - 1], expected.tied)
+        compare_step(ledger, trace, following.step(trace), observed.tied)
 
 
 def _compare_evaluation(ledger: Ledger, evaluations: list[dict[str, float]], expected: Reference) -> None:
@@ -201,9 +164,8 @@ def compare_step(ledger: Ledger, ours: StepTrace, expected: StepTrace, tied: dic
         for name, scale in want.scales.items():
             ledger.exact("skip", step, name, view.scales[name], scale, at)
     ledger.tensors("gradients", step, ours.gradients, expected.gradients, tied)
-    if ours.clipped and math.isfinite(expected.factor):
-        clipped = {name: gradient * expected.factor for name, gradient in expected.gradients.items()}
-        ledger.tensors("clip", step, ours.clipped, clipped, tied)
+    if ours.clipped and expected.clipped:
+        ledger.tensors("clip", step, ours.clipped, expected.clipped, tied)
     ledger.tensors("weights", step, ours.weights, expected.weights, tied)
     _unequal(ledger, "gradients", step, ours.unequal["gradient"])
     _unequal(ledger, "replicas", step, ours.unequal["weight"])
@@ -240,9 +202,8 @@ class _Observed:
     def step(self, step: int) -> StepTrace:
         """One optimizer step, with everything that can be seen of it."""
         self._step, self._gradients, self._clipped = step, {}, {}
-        rate = self.config.optim.lr * (0.6 + 0.1 * step)
         mine = micro_batches(self.batches.train[step - 1], *self.share)
-        result = self.engine.step(mine, step, rate)
+        result = self.engine.step(mine, step, rate(self.config, step))
         after = self.engine.scale
         view = RankView(
             losses={name: float(loss.sum) / max(int(loss.count), 1) for name, loss in result.losses.items()},
@@ -258,7 +219,8 @@ class _Observed:
         )
         ranks = gather_objects(view)
         unequal = {"gradient": self._unequal, "weight": self.engine.disagreeing("weight")}
-        return StepTrace(step, ranks, self._gradients, {} if result.skipped else self._clipped, self.weights(), unequal)
+        clipped = {} if result.skipped else self._clipped
+        return StepTrace(step, ranks, self._gradients, clipped, self.weights(), unequal)
 
     def evaluate(self) -> dict[str, float]:
         """Means of every objective and score over the held-out batch."""
@@ -314,25 +276,15 @@ def overflow(engine: NativeEngine) -> None:
     raise ValueError("this rank holds no gradient")
 
 
-def _clip_factor(trace: StepTrace) -> float:
-    """What the gradients were multiplied by, read off the largest element."""
-    if not trace.clipped:
-        return math.nan
-    name = max(trace.gradients, key=lambda n: float(trace.gradients[n].abs().max()))
-    gradient = trace.gradients[name].flatten()
-    at = int(gradient.abs().argmax())
-    return float(trace.clipped[name].flatten()[at] / gradient[at])
-
-
 def _unequal(ledger: Ledger, phase: str, step: int, names: list[str]) -> None:
     ledger.exact(phase, step, "copies", 0, 0)
     for name in names:
         ledger.fail(phase, step, name, "its copies differ between ranks")
 
 
-def _compare_files(ledger: Ledger, ours: Path, expected: Reference) -> None:
-    """Every tensor of two checkpoints, model and optimizer, as one process reads them."""
-    written, wanted = _read(ours), expected.files
+def _compare_files(ledger: Ledger, ours: Path, wanted: dict[str, Tensor]) -> None:
+    """Every tensor of a checkpoint, model and optimizer, as one process reads it."""
+    written = _read(ours)
     for kind in sorted({_kind(name) for name in written.keys() | wanted.keys()}):
         ours_of, theirs_of = ({n: t for n, t in f.items() if _kind(n) == kind} for f in (written, wanted))
         ledger.tensors("checkpoint", SAVED, ours_of, theirs_of, {})

@@ -1,0 +1,46 @@
+"""What a run leaves to be compared: of each step, and of one process altogether."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RankView:
+    """What one rank says about a step."""
+
+    losses: dict[str, float]
+    counts: dict[str, int]
+    norm: float
+    skipped: bool
+    scales: dict[str, float]
+
+
+@dataclass
+class StepTrace:
+    """What happened in one step."""
+
+    step: int
+    ranks: list[RankView]
+    gradients: dict[str, Tensor]
+    """Of the whole batch, unscaled, before clipping."""
+    clipped: dict[str, Tensor]
+    """As the optimizer met them; empty when the step was skipped."""
+    weights: dict[str, Tensor]
+    unequal: dict[str, list[str]] = field(default_factory=dict)
+    """Copies of a gradient and of a weight that differ between ranks."""
+
+
+@dataclass
+class Reference:
+    """One process, one micro-batch."""
+
+    tied: dict[str, str]
+    initial: dict[str, Tensor]
+    steps: list[StepTrace] = field(default_factory=list)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    checkpoint: Path = Path()
+    files: dict[str, Tensor] = field(default_factory=dict)
+    """What is in that checkpoint."""
