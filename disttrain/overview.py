@@ -35,16 +35,15 @@ def _shape(config: Config, mesh: Mesh) -> Table:
     train, steps = config.train, total_steps(config) or 0
     share = train.global_batch_size // mesh.data_ranks
     micro = train.micro_batch_size or share
-    parameters = costs.parameter_count(config.model)
     tokens = train.global_batch_size * config.data.sequence_length
-    flops = costs.training_flops_per_sequence(config.model, config.data.sequence_length, causal=True)
+    parameters, flops = _size(config)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     model = config.model
-    table.add_row("model", f"{model.preset or model.family}: {model.layers} layers, {model.hidden_size} wide, "
+    table.add_row("model", f"{model.source or model.preset or model.family}: {model.layers} layers, {model.hidden_size} wide, "
                            f"{model.heads} heads, vocabulary {model.vocab_size:,}")  # fmt: skip
-    table.add_row("parameters", f"{count(parameters.total)} ({count(parameters.embedding)} in embeddings)")
+    table.add_row("parameters", parameters)
     table.add_row(
         "ranks", f"{mesh.world_size} = " + " x ".join(f"{axis} {n}" for axis, n in zip(AXES, mesh.sizes, strict=True))
     )
@@ -56,6 +55,19 @@ def _shape(config: Config, mesh: Mesh) -> Table:
     table.add_row("run", f"{steps:,} steps, {count(steps * tokens)} tokens, "
                          f"{count(steps * train.global_batch_size * flops)}FLOP")  # fmt: skip
     return table
+
+
+def _size(config: Config) -> tuple[str, float]:
+    """Parameters in words, and FLOPs of training on one sequence; a model of the user's own is counted, with torch."""
+    model, length = config.model, config.data.sequence_length
+    if model.source is not None:
+        from disttrain.parallel.own_model import measure
+
+        parameters, forward = measure(model, length)
+        return f"{count(parameters)}, counted", 3 * forward
+    found = costs.parameter_count(model)
+    flops = costs.training_flops_per_sequence(model, length, causal=True)
+    return f"{count(found.total)} ({count(found.embedding)} in embeddings)", flops
 
 
 def _layout(config: Config, mesh: Mesh, micro_batches: int) -> Iterator[tuple[str, str]]:
@@ -104,4 +116,5 @@ def _memory(config: Config, mesh: Mesh) -> Group:
     table.add_row("[bold]together" + (" on the device" if worst.host else ""), f"[bold]{size(worst.total)}")
     kept = costs.checkpoint_bytes(config.model, precision)
     table.add_row(f"on disk: {config.checkpoint.keep} checkpoints", size(kept * config.checkpoint.keep))
-    return Group(f"[italic]predicted memory of a rank{which}, {precision}", table)
+    whose = ", as if its layers were the family's" if config.model.source else ""
+    return Group(f"[italic]predicted memory of a rank{which}, {precision}{whose}", table)
