@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from disttrain import costs, memory, preflight
 from disttrain.config.checks import total_steps
@@ -41,8 +42,9 @@ def _shape(config: Config, mesh: Mesh) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     model = config.model
-    table.add_row("model", f"{model.source or model.preset or model.family}: {model.layers} layers, {model.hidden_size} wide, "
-                           f"{model.heads} heads, vocabulary {model.vocab_size:,}")  # fmt: skip
+    name = model.source or model.preset or model.family  # not markup: file.py:Class: would be a picture
+    table.add_row("model", Text(f"{name}: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads, "
+                                f"vocabulary {model.vocab_size:,}"))  # fmt: skip
     table.add_row("parameters", parameters)
     table.add_row(
         "ranks", f"{mesh.world_size} = " + " x ".join(f"{axis} {n}" for axis, n in zip(AXES, mesh.sizes, strict=True))
