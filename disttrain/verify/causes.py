@@ -142,9 +142,10 @@ TABLE: tuple[tuple[str, Callable[[Facts], bool], str], ...] = (
      "positions do not follow the tokens"),
     ("forward", lambda f: f.needs("pipeline"), "pipeline: layers run in another order, twice or not at all, or on the "
      "input of another micro-batch"),
-    ("forward", lambda f: f.only_needs("micro_batch"), "accumulation: losses are combined as a mean of means, or a "
-     "micro-batch is lost"),
-    ("forward", _always, "ranks do not see their share of the batch, or losses are combined as a mean of means"),
+    ("forward", lambda f: f.only_needs("micro_batch"), "accumulation: losses are combined as a mean of means, a "
+     "micro-batch is lost, or the model looks from one sequence to another or draws random numbers of its own"),
+    ("forward", _always, "ranks do not see their share of the batch, losses are combined as a mean of means, or the "
+     "model looks from one sequence to another or draws random numbers of its own"),
     ("gradients", lambda f: f.tied_only, "tied weights: the gradients of their two uses are not summed exactly once"),
     ("gradients", lambda f: f.needs("sequence") and (f.vectors_only or not f.size_factor),
      "sequence parallelism: each rank holds the gradient of its part of the sequence for parameters that are not cut; "

@@ -116,9 +116,11 @@ class Ledger:
         ratio = got / want if want and math.isfinite(got) else None
         self._add((0.0 if ours == expected else math.inf, got, want, ratio), phase, step, name, note)
 
-    def fail(self, phase: str, step: int, name: str, note: str) -> None:
-        """Something is wrong that is no number."""
-        self._add(NOTHING, phase, step, name, note)
+    def copies(self, phase: str, step: int, name: str, error: float) -> None:
+        """How far the copies of a parameter are apart, relative to its largest element."""
+        error = math.inf if math.isnan(error) else error
+        note = "its copies differ between ranks" if error else ""
+        self._add((error, math.nan, math.nan, None), phase, step, name, note)
 
     def _add(self, found: Found, phase: str, step: int, name: str, note: str) -> None:
         error, ours, expected, ratio = found

@@ -38,7 +38,7 @@ class Finding:
         where = "before training" if d.step == 0 else f"step {d.step}"
         notes = ", ".join(filter(None, (d.part.replace("_", " "), d.note)))
         note = f" ({notes})" if notes else ""
-        ratio = f", a factor of {d.ratio:.6g}" if d.ratio is not None and abs(d.ratio - 1) > 1e-12 else ""
+        ratio = f", a factor of {d.ratio:.6g}" if d.ratio is not None and abs(d.ratio - 1) > 0.01 else ""
         size = "" if d.error == float("inf") else f" by {d.error:.2g} of its size (at most {d.bound:.1g} passes)"
         return [
             f"first difference: {d.phase.replace('_', ' ')}, {where}: {d.name}{more}{note}{size}",

@@ -25,6 +25,7 @@ def proof_config(config: Config, precision: Precision, vocab_size: int) -> Confi
         "train.micro_batch_size": None,
         "train.steps": max(config.optim.warmup_steps, STEPS),
         "train.tokens": None,
+        "optim.epsilon": max(config.optim.epsilon, 1e-8),  # a smaller one makes updates out of rounding errors
         "loss_scale": LossScaleConfig(),
         "compression": CompressionConfig(),
         "checkpoint": CheckpointConfig(),

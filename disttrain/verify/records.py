@@ -28,8 +28,8 @@ class StepTrace:
     clipped: dict[str, Tensor]
     """As the optimizer met them; empty when the step was skipped."""
     weights: dict[str, Tensor]
-    unequal: dict[str, list[str]] = field(default_factory=dict)
-    """Copies of a gradient and of a weight that differ between ranks."""
+    apart: dict[str, dict[str, float]] = field(default_factory=dict)
+    """How far copies of a gradient and of a weight are apart on different ranks, relative to the largest element."""
 
 
 @dataclass

@@ -49,7 +49,8 @@ class Table:
 
     def row(self, verdict: Verdict) -> None:
         """Write one layout's row, and its finding when it has one."""
-        worst = max(verdict.worst.values(), key=lambda d: d.excess, default=None)
+        largest = max(verdict.worst.values(), key=lambda d: d.excess, default=None)
+        worst = verdict.failures[0] if verdict.failures else largest
         line = f"{verdict.layout.name:<{self.width}}  {marks(verdict)}  {_error(worst)}  {verdict.seconds:>7.1f}  "
         self._print(line + (f"{worst.phase}: {worst.name}" if worst else ""), "" if verdict.equal else "red")
         for text in verdict.finding.lines() if verdict.finding else []:
@@ -63,8 +64,8 @@ class Table:
 
 def marks(verdict: Verdict) -> str:
     """One character a phase."""
-    failed = {d.phase for d in verdict.failures}
-    return "".join(DIFFERS if phase in failed else EQUAL if phase in verdict.worst else NOT_REACHED for phase in SHOWN)
+    reached = {phase: DIFFERS if d.failed else EQUAL for phase, d in verdict.worst.items()}
+    return "".join(reached.get(phase, NOT_REACHED) for phase in SHOWN)
 
 
 def _error(worst: Difference | None) -> str:

@@ -14,6 +14,7 @@ from disttrain import data, preflight
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
 from disttrain.data import Prepared
+from disttrain.parallel import own_model
 from disttrain.precision import choose
 from disttrain.verify import certificate
 from disttrain.verify.batches import from_data, synthetic
@@ -61,13 +62,25 @@ def chosen_for(proof: Config, layouts: str | None, matrix: Literal["small", "ful
     if layouts is not None:
         chosen = parse_list(layouts)
         refuse_illegal(proof, chosen)
+        own = [problem for layout in chosen for problem in own_problems(proof, layout)]
+        if own:
+            raise RefusedInput(own)
         return chosen
     chosen = full_matrix(proof) if matrix == "full" else small_matrix(proof)
+    chosen = [layout for layout in chosen if not own_problems(proof, layout)]
     if not chosen:
         refuse_illegal(proof, [Layout()])
         raise RefusedInput([Problem((f"--matrix {matrix}",), "no layout of it is legal for this model",
                                     "name some with --layouts")])  # fmt: skip
     return chosen
+
+
+def own_problems(proof: Config, layout: Layout) -> list[Problem]:
+    """Why a model of the user's own cannot be cut as a layout says; [] for the families."""
+    if proof.model.source is None:
+        return []
+    found = own_model.problems(layout.applied(proof))
+    return [Problem((f"layout {layout}", *problem.settings), problem.message, problem.fix) for problem in found]
 
 
 def prove(config: Config, proof: Proof, layouts: Sequence[Layout], path: Path, command: str, console: Console) -> bool:

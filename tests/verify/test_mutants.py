@@ -39,3 +39,17 @@ def test_is_caught(mutant: Mutant, proofs: dict[str, Proof]) -> None:
     assert mutant.cause in finding.cause, said
     assert set(finding.axes) == mutant.axes, said
     assert finding.smallest.name in finding.rerun
+
+
+IN_OWN_PRECISION = ("row_not_reduced", "partial_not_summed", "mean_of_ranks", "clip_by_local_norm", "stale_shard",
+                    "tied_updated_on_one_side", "one_rank_skips_alone", "moments_lost", "stale_moments_saved")  # fmt: skip
+
+
+def test_faults_show_in_bf16_too() -> None:
+    """Not only losses and gradients: what follows from these is compared to the last bits in any precision."""
+    chosen = [mutant for mutant in MUTANTS if mutant.name in IN_OWN_PRECISION]
+    assert len(chosen) == len(IN_OWN_PRECISION)
+    with proof_for("gpt", "bf16") as proof:
+        for mutant in chosen:
+            verdict = replace(proof, plant=mutant.plant).verify(parse(mutant.layout))
+            assert [d.phase for d in verdict.failures[:1]] == [mutant.phase], mutant.name

@@ -147,7 +147,8 @@ PIPELINE = [
     Mutant("stale_rate_on_one_stage", "the learning rate is scheduled on the first stage only", "pp2-1f1b.mb4 on 2",
            stale_rate_on_one_stage, "weights", "learning rate", needs("pipeline")),
     Mutant("weight_gradients_lost", "ZBV trains wrongly without an error (torch 2.13 with resharding)",
-           "pp2-zbv.mb4 on 2", weight_gradients_lost, "gradients", "pipeline: a stage's gradients", needs("pipeline")),
+           "pp2-zbv.mb4 on 2", weight_gradients_lost, "gradients", "pipeline: a stage's gradients",
+           needs("pipeline", "micro_batch")),
     Mutant("loss_twice", "the reported loss is PP times too large", "pp2-1f1b.mb4 on 2", loss_twice, "forward",
            "2 times too large", needs("pipeline")),
 ]  # fmt: skip
