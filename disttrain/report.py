@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,7 @@ def _rows(run: Run, last: Record) -> list[tuple[str, str]]:
         ("tokens per second", _rate(rates, "tokens_per_second", "tokens_per_second_per_rank", run)),
         ("step time", _step_time(rates)),
         ("MFU", _mfu(run, rates)),
+        *_bubble_row(run, last),
         ("memory, worst rank", _memory(last)),
     ]
     if last.get("skipped_steps"):
@@ -213,6 +215,15 @@ def _mfu(run: Run, rates: Record) -> str:
     flops = rates["model_flops_per_second_per_rank_mean"]
     reached = "" if flops is None else f"; {readable.flops(flops)} a rank"
     return f"- ({run.header.get('peak_flops_source') or 'peak FLOP/s of this device unknown'}{reached})"
+
+
+def _bubble_row(run: Run, last: Record) -> list[tuple[str, str]]:
+    measured = [share for record in run.steps if (share := record.get("pipeline_bubble_fraction")) is not None]
+    if not measured:
+        return []
+    theory = last.get("pipeline_bubble_fraction_theory")
+    beside = "" if theory is None else f", {readable.percent(theory)} in theory"
+    return [("pipeline bubble", f"median {readable.percent(median(measured))} measured{beside}")]
 
 
 def _memory(last: Record) -> str:

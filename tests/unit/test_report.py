@@ -108,6 +108,14 @@ def test_what_is_known_on_a_gpu_is_shown(tmp_path):
     assert got["failed sinks"] == "wandb"
 
 
+def test_the_bubble_stands_beside_the_theoretical_one(tmp_path):
+    shares = {"pipeline_bubble_fraction_theory": 0.2}
+    steps = [step(n, 1.0, pipeline_bubble_fraction=n / 10, **shares) for n in (1, 3, 4)]
+    got = table_text(run_of(tmp_path, HEADER, *steps))
+    assert got["pipeline bubble"] == "median 30.0 % measured, 20.0 % in theory"
+    assert "pipeline bubble" not in table_text(run_of(tmp_path, HEADER, step(1, 1.0)))
+
+
 def test_a_run_that_was_killed_or_is_short_says_so(tmp_path):
     got = table_text(run_of(tmp_path, HEADER, HEADER, step(1, math.nan, warmup=True)))
     assert got["state"] == "no summary after step 1: running, or it was killed, 2 process starts"
