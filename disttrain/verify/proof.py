@@ -21,6 +21,9 @@ from disttrain.verify.records import Reference
 from disttrain.verify.tolerance import FLOOR_MICRO_BATCHES, Exactly, Key, Measuring, Noise, Tolerance
 from disttrain.verify.trace import Comparison, Plant, compare, record
 
+COMPILING_S = 600.0
+"""Further seconds for a layout that compiles its blocks."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -130,6 +133,7 @@ class Proof:
         applied = layout.applied(config)
         cores = len(os.sched_getaffinity(0))
         patience = self.timeout_s or 90 + 60 * reference.seconds * max(1.0, layout.world / cores)
+        patience += COMPILING_S if layout.compile else 0.0
         try:
             return run_ranks(
                 compare, layout.world, applied, self.precision, self.batches, reference, folder, tolerance, plant,
