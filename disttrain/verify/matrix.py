@@ -22,7 +22,7 @@ SMALL = (
 """Each feature once, and four combinations on 8 ranks. Those that a model does not allow are left out."""
 
 
-FEW, MANY = (2, 1, 4), (8, 16)
+FEW, MANY = (2, 1), (4, 8, 16)
 """Micro-batches of a step: what is usual, and what some schedules need. Each takes all of a step's messages again."""
 
 
