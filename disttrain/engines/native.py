@@ -23,7 +23,7 @@ from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
 from disttrain.precision import LossScale, autocast, master_dtype
 
-Moment = Literal["reduced", "updated"]
+Moment = Literal["reduced", "clipped", "updated"]
 
 
 class NativeEngine:
@@ -38,7 +38,7 @@ class NativeEngine:
         self.optimizer = build_optimizer(config.optim, [(p.shard.name, p.master) for p in self.parameters])
         self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
         self.watch: Callable[[Moment], None] | None = None
-        """Called within a step when gradients are complete but not yet unscaled, and after the update: for proofs."""
+        """Called within a step when gradients are complete but still scaled, when clipped, and when updated: for proofs."""
 
     def _make_pipeline(self) -> Pipeline:
         train, mesh = self.config.train, self.groups.mesh
@@ -68,6 +68,7 @@ class NativeEngine:
         self._tell("reduced")
         scale = self.scale.value
         norm, skipped = self._unscale_and_clip()
+        self._tell("clipped")
         if not skipped:
             self._update(learning_rate)
         for p in self.parameters:
@@ -119,7 +120,7 @@ class NativeEngine:
         else:
             sums = [self._backward(b, scaled, last=b is batches[-1]) for b in batches]
         total = torch.stack(sums).sum(0) if sums else torch.zeros(len(counts), device=self.device)
-        total = total.to(torch.float64 if self.precision == "fp64" else torch.float32)
+        total = total.to(master_dtype(self.precision))
         return total if self.groups.tensor.rank == 0 else torch.zeros_like(total)
 
     def _backward(self, batch: dict[str, Tensor], scaled: Callable, last: bool) -> Tensor:

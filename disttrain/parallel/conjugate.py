@@ -1,7 +1,8 @@
 """Conjugate collectives: what crosses ranks on the way forward, and its transpose on the way back.
 
-The operators f and g of Megatron-LM (Shoeybi et al. 2019, section 3) and their sequence-parallel twins (Korthikanti et
-al. 2022, section 4.2.2). All are the identity on a group of one, hand over contiguous tensors, count them on the
+Megatron-LM's operator g (Shoeybi et al. 2019, section 3) and what sequence parallelism needs where blocks begin and end
+(Korthikanti et al. 2022, section 4.2.2); f and its twin are fused with the products in `disttrain.parallel.tensor`, from
+the started collectives below. All are the identity on a group of one, hand over contiguous tensors, count them on the
 group's traffic, and leave what they are given unchanged. Chunks along a dim are equal: ValueError where the size does
 not divide it. Nothing waits for the device. `torch.compile` breaks its graph around each.
 """
@@ -14,19 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from disttrain.parallel.collectives import all_gather_flat, reduce_scatter_flat
 from disttrain.parallel.groups import Group
 
 Pending = Callable[[], Tensor]
 """Waits for a collective that was started, on the device's stream where there is one, and gives its result."""
-
-# torch 2.13 renamed two collectives and warns of the old names, which 2.11 has alone.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def copy_to(x: Tensor, group: Group) -> Tensor:
-    """x, the same on every rank; the gradients, each of one rank's use of it, are summed (Megatron's f)."""
-    return x if group.size == 1 else _apply(_CopyTo, x, group)
 
 
 def reduce_from(x: Tensor, group: Group) -> Tensor:
@@ -42,16 +35,6 @@ def gather_from(x: Tensor, dim: int, group: Group) -> Tensor:
 def split_to(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's chunk of an x that is the same on every rank; the gradients are joined."""
     return x if group.size == 1 else _apply(_SplitTo, x, dim, group)
-
-
-def gather_for_product(x: Tensor, dim: int, group: Group) -> Tensor:
-    """The ranks' chunks joined along dim, for different uses (Korthikanti's g); the gradients are summed and cut."""
-    return x if group.size == 1 else _apply(_GatherForProduct, x, dim, group)
-
-
-def reduce_scatter_from(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's chunk of the sum of the ranks' x (Korthikanti's conjugate of g); the gradients are joined."""
-    return x if group.size == 1 else _apply(_ReduceScatterFrom, x, dim, group)
 
 
 def all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:
@@ -78,7 +61,7 @@ def start_gather(x: Tensor, dim: int, group: Group) -> Pending:
     x = x.contiguous()
     group.traffic.add(x)
     gathered = x.new_empty(group.size, *x.shape)
-    work = _all_gather(gathered, x[None], group=group.process_group, async_op=True)
+    work = all_gather_flat(gathered, x[None], group.process_group, async_op=True)
     return _after(work, lambda: _join(gathered, dim))
 
 
@@ -87,7 +70,7 @@ def start_reduce_scatter(x: Tensor, dim: int, group: Group) -> Pending:
     chunks = _cut(x, dim, group.size)
     group.traffic.add(chunks)
     summed = chunks.new_empty(chunks.shape[1:])
-    work = _reduce_scatter(summed[None], chunks, group=group.process_group, async_op=True)
+    work = reduce_scatter_flat(summed[None], chunks, group.process_group, async_op=True)
     return _after(work, lambda: summed)
 
 
@@ -132,19 +115,6 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return function.apply(*args)  # pyright: ignore[reportReturnType]
 
 
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        # A gradient may be shared with other branches of the graph: never reduce it in place.
-        return start_all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group)(), None
-
-
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -173,30 +143,6 @@ class _SplitTo(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _own(x, dim, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return start_gather(grad, ctx.dim, ctx.group)(), None, None
-
-
-class _GatherForProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return start_gather(x, dim, group)()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return start_reduce_scatter(grad, ctx.dim, ctx.group)(), None, None
-
-
-class _ReduceScatterFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return start_reduce_scatter(x, dim, group)()
 
     @staticmethod
     @once_differentiable

@@ -76,11 +76,6 @@ class Pipeline:
         self._schedule = made(stages, micro_batches, loss_fn=lambda loss, target: loss, scale_grads=False)
         self._targets = torch.arange(micro_batches)
 
-    @property
-    def last_rank(self) -> int:
-        """Pipeline rank with the last stage, where losses and results of evaluation are."""
-        return rank_of_stage(self.schedule, self.stages - 1, self.group.size)
-
     def step(self, run: Run) -> None:
         """Forward and backward of every micro-batch; gradients are added to those the parameters hold.
 

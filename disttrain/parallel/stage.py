@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
+from disttrain.parallel.data import sharded_modules
 from disttrain.parallel.groups import Group
 
 Run = Callable[[Any, int, Tensor | None], Tensor]
@@ -101,7 +101,7 @@ class Stage(PipelineStage):
         last = number == stages - 1
         self.model, self.chunk = model, _Chunk(model, hidden.dtype, last)
         self._hidden, self._zero, self._clock, self._traffic = hidden, zero, clock, group.traffic
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._sharded = sharded_modules(model)
         self._nothing = torch.empty(0, device=device)
         output = torch.empty((), dtype=hidden.dtype, device="meta", requires_grad=True) if last else hidden
         super().__init__(

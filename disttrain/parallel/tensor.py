@@ -199,7 +199,7 @@ def _row(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence:
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """`copy_to` or `gather_for_product` with the product, so that the backward pass overlaps both.
+    """Megatron's f, or the gathering of positions, with the product, so that the backward pass overlaps both.
 
     With sequence parallelism only the chunk is kept for the backward pass and gathered again, while the input's
     gradient is computed (Korthikanti et al., section 4.2.2); that one is reduced while the weight's is computed.
@@ -229,7 +229,7 @@ class _ColumnProduct(torch.autograd.Function):
 
 
 class _RowProduct(torch.autograd.Function):
-    """The product with `reduce_from` or `reduce_scatter_from`, and the bias, without a copy to reduce in."""
+    """The product with Megatron's g, or the scattering of positions, and the bias, without a copy to reduce in."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence: bool) -> Tensor:

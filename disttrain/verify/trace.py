@@ -189,7 +189,6 @@ class _Observed:
         if scale is not None:
             self.engine.scale = scale
         self.engine.watch = self._watch
-        self._watch_clipping()
         self.tied: dict[str, str] = dict(model_class(config.model).tied)
         self._step = 0
         self._gradients: dict[str, Tensor] = {}
@@ -273,16 +272,6 @@ class _Observed:
         """Let go of the engine."""
         self.engine.watch = None
         self.engine.close()
-
-    def _watch_clipping(self) -> None:
-        clip = self.engine._unscale_and_clip
-
-        def watched() -> tuple[Tensor, bool]:
-            outcome = clip()
-            self._watch("clipped")
-            return outcome
-
-        self.engine._unscale_and_clip = watched
 
     def _watch(self, moment: str) -> None:
         if moment == "clipped":
