@@ -23,6 +23,7 @@ def problems(config: Config, world_size: int) -> list[Problem]:
     found = [
         *layout.problems(config, world_size),
         *own_model(config),
+        *_compiler(config),
         *data.preflight(config),
         *loggers.preflight(config),
         *_run_folder(config),
@@ -54,6 +55,15 @@ def resume_from(config: Config) -> tuple[Path | None, list[str]]:
     if config.checkpoint.resume == "auto":
         return checkpoint.newest_good(run_folder(config) / "checkpoints")
     return Path(config.checkpoint.resume), []
+
+
+def _compiler(config: Config) -> list[Problem]:
+    """torch.compile writes C++ on a CPU, and C for its launchers on a GPU: both need a compiler on this machine."""
+    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if not config.run.compile or found:
+        return []
+    return [Problem(("run.compile=true", "PATH"), "torch.compile needs a C++ compiler and there is none",
+                    "install g++, set CXX, or use run.compile=false")]  # fmt: skip
 
 
 def _run_folder(config: Config) -> list[Problem]:

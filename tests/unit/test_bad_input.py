@@ -230,6 +230,14 @@ def test_all_problems_of_a_layout_at_once(folder: Path) -> None:
     assert set(words) <= named
 
 
+def test_compiling_without_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    (problem,) = problems_of(folder, "run.compile=true")
+    assert problem.settings[0] == "run.compile=true"
+    assert "run.compile=false" in problem.fix
+
+
 def _empty(folder: Path) -> None:
     for path in (folder / "corpus").iterdir():
         path.write_text("")
