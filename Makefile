@@ -25,10 +25,10 @@ bench: $(READY)
 
 # every legal layout on up to 8 ranks, of a small GPT or a small BERT: the better part of an hour on two idle cores
 verify: $(READY)
-	$(BIN)/disttrain verify configs/verify_gpt.yaml --matrix full
+	$(BIN)/disttrain verify configs/verify_gpt.yaml --matrix full --resume
 
 verify-bert: $(READY)
-	$(BIN)/disttrain verify configs/verify_bert.yaml --matrix full
+	$(BIN)/disttrain verify configs/verify_bert.yaml --matrix full --resume
 
 golden: $(READY)
 	$(BIN)/python tests/golden/regenerate.py

@@ -93,6 +93,7 @@ def verify(
         ProofPrecision, typer.Option(help="fp64 to 1e-10, or the run's own against its rounding.")
     ] = ProofPrecision.fp64,
     out: Annotated[Path | None, typer.Option(help="The certificate; verify.json in the run folder by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted certificate.")] = False,
 ) -> None:
     """Prove that layouts train exactly like one process, on this config's model and data; 0 equal, 1 not."""
     from disttrain import data, preflight
@@ -112,7 +113,7 @@ def verify(
     if precision is not ProofPrecision.fp64:
         command += f" --precision {precision}"
     equal = run(settings, layouts=layouts, matrix=matrix.value, precision=precision.value, prepared=prepared, out=out,
-                command=command)  # fmt: skip
+                resume=resume, command=command)  # fmt: skip
     raise typer.Exit(0 if equal else 1)
 
 

@@ -1,5 +1,6 @@
 """The certificate: what was compared with what, how closely, and what came out. JSON, written at once."""
 
+import hashlib
 import json
 import math
 import platform
@@ -9,23 +10,41 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
 from disttrain.header import git_commit, versions
 from disttrain.run import write_atomically
 from disttrain.verify.batches import Batches
 from disttrain.verify.compare import PHASES, SMALL_TENSOR, Difference
 from disttrain.verify.findings import Finding
+from disttrain.verify.layouts import Layout
 from disttrain.verify.plan import STEPS, changes, config_hash
 from disttrain.verify.proof import Verdict
 from disttrain.verify.tolerance import EXACT, FLOOR_MICRO_BATCHES, MULTIPLE, ROUNDING
 
-FORMAT = 1
+FORMAT = 2
+
+SAME = (
+    "format",
+    "config_sha256",
+    "code_sha256",
+    "changed_for_the_proof",
+    "batches",
+    "precision",
+    "tolerance",
+    "versions",
+)
+"""What must be the same in a certificate for its results to count in a later one."""
 
 
 def certificate(
-    config: Config, proof: Config, batches: Batches, verdicts: Sequence[Verdict], planned: int, interrupted: bool
-) -> dict[str, Any]:
-    """The whole certificate. `config` is the user's, `proof` what was run, `planned` the number of layouts asked for."""
+    config: Config, proof: Config, batches: Batches, verdicts: Sequence[Verdict], planned: int, interrupted: bool,
+    code: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The whole certificate. `config` is the user's, `proof` what was run, `planned` the number of layouts asked for.
+
+    `code` is `code_hash` of when the verification began.
+    """
     equal = sum(verdict.equal for verdict in verdicts)
     worst = [d for verdict in verdicts for d in verdict.worst.values()]
     return {
@@ -35,6 +54,7 @@ def certificate(
         "layouts": {"planned": planned, "compared": len(verdicts), "equal": equal},
         "worst": _difference(max(worst, key=lambda d: d.excess)) if worst else None,
         "config_sha256": config_hash(config),
+        "code_sha256": code,
         "config": config.model_dump(mode="json"),
         "changed_for_the_proof": changes(config, proof),
         "batches": batches.source,
@@ -48,6 +68,49 @@ def certificate(
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "results": [_result(verdict) for verdict in verdicts],
     }
+
+
+def code_hash(config: Config) -> str:
+    """SHA-256 over disttrain's own sources and the file of `model.source`."""
+    package = Path(__file__).resolve().parent.parent
+    files = sorted(package.rglob("*.py"))
+    if config.model.source is not None:
+        files.append(Path(config.model.source.rpartition(":")[0]))
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()
+
+
+def proven(path: Path, now: Mapping[str, Any]) -> dict[str, Verdict]:
+    """Equal layouts, by name, of an earlier certificate; none where there is no such file.
+
+    `now` is a certificate of what is verified now. Raises RefusedInput where the earlier one is of something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        before = json.loads(path.read_text())
+        different = [key for key in SAME if before.get(key) != json.loads(json.dumps(now[key]))]
+        results = [] if different else before["results"]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise RefusedInput([Problem((f"--resume {path}",), f"this is no certificate of verify: {error}",
+                                    "remove it, or name another file with --out")]) from None  # fmt: skip
+    if different:
+        raise RefusedInput([Problem((f"--resume {path}",), f"this certificate is of another {', '.join(different)}",
+                                    "leave --resume away to begin anew, or name another file with --out")])  # fmt: skip
+    return {r["layout"]: _verdict(r) for r in results if r["equal"]}
+
+
+def _verdict(result: Mapping[str, Any]) -> Verdict:
+    """Of an equal layout."""
+    worst = {phase: Difference(**{k: _number(v) for k, v in d.items()}) for phase, d in result["worst"].items()}
+    return Verdict(Layout(**result["settings"]), True, worst, [], result["seconds"])
+
+
+def _number(value: Any) -> Any:
+    """Undo what `_difference` does to numbers that JSON does not know."""
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:

@@ -61,8 +61,9 @@ class Proof:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Remove them."""
+        """Remove them, and the references whose checkpoints they hold."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._references.clear()
 
     @property
     def folder(self) -> Path:

@@ -118,6 +118,8 @@ def _place(stack: Path) -> str:
 def _rank(fn: Callable, rank: int, world_size: int, folder: Path, parent: int, timeout_s: float, args: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(os, "SCHED_BATCH"):  # with more ranks than cores: a rank that wakes up does not interrupt another one
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     torch.set_num_threads(1)
     gc.freeze()  # what the parent holds is no garbage: collections in a rank need not look at it
     with open(folder / f"stack{rank}", "w") as stack:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -35,14 +35,15 @@ IMPORTED_BEFORE_FORKS = ("torch._dynamo", "torch.distributed.fsdp", "torch.distr
 def run(
     config: Config, *, layouts: str | None = None, matrix: Literal["small", "full"] = "small",
     precision: Literal["fp64", "own"] = "fp64", prepared: Prepared | None = None, out: Path | None = None,
-    command: str = "disttrain verify", console: Console | None = None,
+    resume: bool = False, command: str = "disttrain verify", console: Console | None = None,
 ) -> bool:  # fmt: skip
     """Whether every layout trains exactly like one process; the `disttrain verify` command.
 
     `layouts` are names separated by commas; without them the matrix is verified. `prepared` data give the batches,
-    random tokens without. The certificate goes to `out`, or verify.json in the run folder, also when Ctrl-C ends it
-    (KeyboardInterrupt goes on to the caller). `command` starts the line that says how to rerun one layout. Raises
-    RefusedInput for a layout that is none, or not legal for this config, and for a model that does not fit.
+    random tokens without. The certificate goes to `out`, or verify.json in the run folder, after every layout; with
+    `resume` the layouts that it already calls equal are not run again. Ctrl-C keeps it (KeyboardInterrupt goes on to
+    the caller). `command` starts the line that says how to rerun one layout. Raises RefusedInput for a layout that is
+    none, or not legal for this config, for a model that does not fit, and for a certificate of something else.
     """
     torch.set_num_threads(1)  # a fork must not find other threads at work
     for name in IMPORTED_BEFORE_FORKS:
@@ -54,7 +55,7 @@ def run(
     batches = from_data(proof, corpus, STEPS) if corpus else synthetic(proof, STEPS)
     chosen_layouts = chosen_for(proof, layouts, matrix)
     path = out or preflight.run_folder(config) / "verify.json"
-    return prove(config, Proof(proof, batches, chosen), chosen_layouts, path, command, console or Console())
+    return prove(config, Proof(proof, batches, chosen), chosen_layouts, path, command, console or Console(), resume)
 
 
 def chosen_for(proof: Config, layouts: str | None, matrix: Literal["small", "full"]) -> list[Layout]:
@@ -83,27 +84,47 @@ def own_problems(proof: Config, layout: Layout) -> list[Problem]:
     return [Problem((f"layout {layout}", *problem.settings), problem.message, problem.fix) for problem in found]
 
 
-def prove(config: Config, proof: Proof, layouts: Sequence[Layout], path: Path, command: str, console: Console) -> bool:
+def prove(
+    config: Config, proof: Proof, layouts: Sequence[Layout], path: Path, command: str, console: Console,
+    resume: bool = False,
+) -> bool:  # fmt: skip
     """Verify the layouts, show them, write the certificate; whether all are equal."""
     verdicts: list[Verdict] = []
+    code = certificate.code_hash(config)
+
+    def certify(interrupted: bool) -> dict[str, Any]:
+        return certificate.certificate(config, proof.config, proof.batches, verdicts, len(layouts), interrupted, code)
+
+    before = certificate.proven(path, certify(True)) if resume else {}
+    verdicts += [before[layout.name] for layout in layouts if layout.name in before]
+    left = [layout for layout in layouts if layout.name not in before]
+    if verdicts:
+        console.print(
+            f"{len(verdicts)} of {len(layouts)} layouts were compared before and are equal\n", highlight=False
+        )
     interrupted = True
     try:
-        with proof, Table(console, len(layouts), max(len(layout.name) for layout in layouts)) as table:
-            for verdict in _verdicts(proof, layouts, command, table.now):
+        with proof, Table(console, len(left), max(len(layout.name) for layout in layouts)) as table:
+            for verdict in _verdicts(proof, left, command, table.now):
                 verdicts.append(verdict)
                 table.row(verdict)
+                certificate.write(path, certify(True))
         interrupted = False
     finally:
-        found = certificate.certificate(config, proof.config, proof.batches, verdicts, len(layouts), interrupted)
+        found = certify(interrupted)
         certificate.write(path, found)
         equal = sum(verdict.equal for verdict in verdicts)
         state = "interrupted: " if interrupted else ""
         console.print(f"\n{state}{equal} of {len(layouts)} layouts are equal to one process; certificate: {path}",
                       highlight=False, soft_wrap=True)  # fmt: skip
+        if interrupted:
+            console.print("the same command with --resume goes on from there", highlight=False)
     return bool(found["equal"])
 
 
 def _verdicts(proof: Proof, layouts: Sequence[Layout], command: str, now: Callable[[str], None]) -> Iterator[Verdict]:
+    if not layouts:
+        return
     now("one process")
     proof.reference()
     failed = 0

@@ -32,10 +32,10 @@ precision: bf16
 """
 
 
-def shown(proof: Proof, layouts: list[Layout], path: Path) -> tuple[bool, str]:
+def shown(proof: Proof, layouts: list[Layout], path: Path, resume: bool = False) -> tuple[bool, str]:
     text = io.StringIO()
     console = Console(file=text, width=200, force_terminal=False)
-    return prove(proof.config, proof, layouts, path, "disttrain verify x.yaml", console), text.getvalue()
+    return prove(proof.config, proof, layouts, path, "disttrain verify x.yaml", console, resume), text.getvalue()
 
 
 def test_table_and_certificate_of_equal_layouts(tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def test_table_and_certificate_of_a_fault(tmp_path: Path) -> None:
 def test_an_empty_certificate_is_not_equal() -> None:
     config = config_for()
     proof = proof_for()
-    assert not certificate(config, proof.config, proof.batches, [], planned=0, interrupted=False)["equal"]
-    assert not certificate(config, proof.config, proof.batches, [], planned=3, interrupted=True)["equal"]
+    assert not certificate(config, proof.config, proof.batches, [], planned=0, interrupted=False, code="")["equal"]
+    assert not certificate(config, proof.config, proof.batches, [], planned=3, interrupted=True, code="")["equal"]
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
@@ -131,6 +131,29 @@ def test_ctrl_c_leaves_the_certificate_so_far(folder: Path) -> None:
     found = json.loads((folder / "proof.json").read_text())
     assert found["interrupted"] and not found["equal"]
     assert found["layouts"]["compared"] >= 1
+    assert "--resume goes on from there" in text
+
+
+def test_an_interrupted_verification_goes_on(tmp_path: Path) -> None:
+    """What is equal counts, what differed is run again, and nothing of another proof or other code is taken over."""
+    proof, path = proof_for(), tmp_path / "verify.json"
+    layouts = [parse("dp2"), parse("mb4"), parse("tp2")]
+    shown(replace(proof, plant=averaged), layouts[:2], path)  # dp2 differs, mb4 is equal
+    interrupted = json.loads(path.read_text())
+    equal, text = shown(proof, layouts, path, resume=True)
+    assert equal, text
+    assert "1 of 3 layouts were compared before and are equal" in text
+    assert [line.split()[0] for line in text.splitlines() if " on " in line and "=" in line] == ["dp2", "tp2"]
+    found = json.loads(path.read_text())
+    assert found["equal"] and found["layouts"] == {"planned": 3, "compared": 3, "equal": 3}
+    again, text = shown(proof, layouts, path, resume=True)
+    assert again and "3 of 3 layouts were compared before" in text
+    path.write_text(json.dumps(interrupted | {"code_sha256": "another"}))
+    with pytest.raises(RefusedInput, match="of another code_sha256"):
+        shown(proof, layouts, path, resume=True)
+    path.write_text("[]")
+    with pytest.raises(RefusedInput, match="no certificate"):
+        shown(proof, layouts, path, resume=True)
 
 
 def blocks(kind: str) -> list[str]:
