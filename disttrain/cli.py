@@ -127,8 +127,7 @@ def doctor(
     from disttrain.doctor import diagnose, render
 
     if nproc > 1:
-        rank = launch.detect(os.environ)
-        if rank.launcher != "none":
+        if (rank := launch.detect(os.environ)).launcher != "none":
             raise RefusedInput([_already_launched(nproc, rank.launcher)])
         from disttrain import local_ranks
 
@@ -282,16 +281,17 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     from disttrain.interruption import Interruption, die_with_parent
 
     interruption = Interruption().listen()
-    from disttrain import launch, preflight
+    from disttrain import preflight
     from disttrain.config.problems import RefusedInput
+    from disttrain.launch.mpi import locate
 
-    rank = launch.detect(os.environ)
+    settings = _load(config, overrides)
+    rank = locate(os.environ, keep=settings.engine == "horovod")  # Horovod goes on with the MPI that is started
     inside = rank.launcher != "none"
     if inside and "DISTTRAIN_LOCAL_RANKS" in os.environ:
         die_with_parent(int(os.environ["DISTTRAIN_LOCAL_RANKS"]))
     if inside and nproc is not None:
         raise RefusedInput([_already_launched(nproc, rank.launcher)])
-    settings = _load(config, overrides)
     world_size = rank.world_size if inside else nproc or 1
     problems = preflight.problems(settings, world_size)
     if problems:

@@ -11,6 +11,9 @@ import pytest
 BIN = Path(sys.executable).parent
 """Folder of the environment's commands."""
 
+MPICH = BIN.parent / "mpich"
+"""Beside the environment and not in it, where its mpirun and libmpi would hide those of Open MPI."""
+
 
 def on_path(*commands: str) -> bool:
     """Whether all these commands are there."""
@@ -26,7 +29,7 @@ def built_horovod() -> bool:
 
 PRESENT = {
     "mpirun": (lambda: on_path("mpirun.openmpi"), "apt-get install openmpi-bin"),
-    "mpich": (lambda: (BIN / "mpiexec").exists() and find_spec("mpich") is not None, "pip install mpich"),
+    "mpich": (lambda: (MPICH / "bin" / "mpiexec").exists(), f"pip install --no-deps --prefix {MPICH} mpich"),
     "mpi4py": (lambda: find_spec("mpi4py") is not None, "pip install mpi4py"),
     "slurm": (lambda: on_path("slurmctld", "slurmd", "munged", "sbatch", "srun"), "apt-get install slurm-wlm munge"),
     "horovod": (built_horovod, "launchers/install_horovod.sh"),

@@ -7,7 +7,8 @@ from disttrain.config.problems import Problem, RefusedInput
 from disttrain.doctor.contradictions import contradictions, notes
 from disttrain.doctor.facts import RankFacts, gather_facts, rank_facts
 from disttrain.doctor.links import LinkSpeed, measure_links
-from disttrain.launch import RankInfo, detect
+from disttrain.launch import RankInfo
+from disttrain.launch.mpi import locate
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def diagnose(info: RankInfo | None = None, timeout_s: float = 60) -> Diagnosis:
     """
     if info is None:
         try:
-            info = detect(os.environ)
+            info = locate(os.environ)
         except RefusedInput as refused:
             return Diagnosis(None, problems=refused.problems)
     from disttrain.parallel import world
