@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from disttrain import costs, data, hardware, precision
+from disttrain import costs, data, engines, hardware, precision
 from disttrain.config.load import with_values
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
 from disttrain.data import Data, Prepared
 from disttrain.engines import Engine
-from disttrain.engines.native import NativeEngine
 from disttrain.launch import RankInfo
 from disttrain.mesh import Mesh, build_mesh
 from disttrain.metrics import FlopsPerSequence
@@ -78,7 +77,7 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: floa
     })  # fmt: skip
     corpus = data.open_data(config, prepared)
     world.start(rank, device.type, timeout_s)
-    engine = NativeEngine(config, make_groups(mesh, rank.rank, device.type, Traffic()), device, chosen)
+    engine = engines.build(config, make_groups(mesh, rank.rank, device.type, Traffic()), device, chosen)
     parameters, flops = _size(config)
     name = _device_name(device)
     peak = hardware.peak_flops(name, chosen)

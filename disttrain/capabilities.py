@@ -5,16 +5,20 @@ its engine's row is refused before anything starts. What contradicts itself on e
 `disttrain.config.layout_checks`'s; what a pipeline schedule can take is `disttrain.stages`'s.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
+from disttrain.config.load import all_keys
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
-from disttrain.config.settings import setting
+from disttrain.config.settings import given, setting
 
 ANY: Literal["any"] = "any"
 """Every value that the schema allows."""
 
-ENGINES: dict[str, dict[str, tuple | Literal["any"]]] = {
+DEFAULT: Literal["default"] = "default"
+"""Only what the schema gives when nothing is said: the section is another engine's."""
+
+ENGINES: dict[str, dict[str, tuple | Literal["any", "default"]]] = {
     "native": {
         "precision": ANY,
         "run.compile": ANY,
@@ -29,22 +33,61 @@ ENGINES: dict[str, dict[str, tuple | Literal["any"]]] = {
         "parallel.offload": ANY,
         "parallel.recompute": ANY,
         "compression.codec": ("none",),
+        "deepspeed": ({},),
+        "horovod": DEFAULT,
+    },
+    "deepspeed": {
+        "precision": ("auto", "fp32", "bf16", "fp16"),
+        "run.compile": (False,),
+        "parallel.tensor": (1,),
+        "parallel.sequence": (False,),
+        "parallel.pipeline": (1,),
+        "parallel.context": (1,),
+        "parallel.zero": ANY,
+        "parallel.replicate": (1,),
+        "parallel.offload": ANY,
+        "parallel.recompute": ANY,
+        "compression.codec": ("none",),
+        "deepspeed": ANY,
+        "horovod": DEFAULT,
+    },
+    "horovod": {
+        "precision": ANY,
+        "run.compile": (False,),
+        "parallel.tensor": (1,),
+        "parallel.sequence": (False,),
+        "parallel.pipeline": (1,),
+        "parallel.context": (1,),
+        "parallel.zero": (0,),
+        "parallel.replicate": (1,),
+        "parallel.offload": (False,),
+        "parallel.recompute": ANY,
+        "compression.codec": ("none",),
+        "deepspeed": ({},),
+        "horovod": ANY,
     },
 }
 
 
 def missing(config: Config) -> list[Problem]:
     """Every setting that the chosen engine cannot carry out."""
-    if config.engine not in ENGINES:
-        fix = f"use one of: {', '.join(ENGINES)}"
-        return [Problem((f"engine={config.engine}",), "this engine is not part of this version", fix)]
-    problems = []
-    for key, accepted in ENGINES[config.engine].items():
-        value: object = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        if accepted != ANY and value not in accepted:
-            message = f"engine {config.engine} cannot do {setting(config, key)}"
-            fix = f"use {key}={' or '.join(str(v).lower() if isinstance(v, bool) else str(v) for v in accepted)}"
-            problems.append(Problem((f"engine={config.engine}", setting(config, key)), message, fix))
-    return problems
+    return [problem for key, accepted in ENGINES[config.engine].items() if (problem := _refused(config, key, accepted))]
+
+
+def _refused(config: Config, key: str, accepted: tuple | Literal["any", "default"]) -> Problem | None:
+    if accepted == ANY:
+        return None
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    if accepted == DEFAULT:
+        accepted = (type(value)(),)
+    if value in accepted:
+        return None
+    if key in ENGINES:  # the section of another engine
+        names = value if isinstance(value, dict) else [n for n in all_keys(type(value)) if given(config, f"{key}.{n}")]
+        settings = (f"engine={config.engine}", *(f"{key}.{name}" for name in names))
+        return Problem(settings, f"only engine {key} reads these settings", f"remove them or use engine={key}")
+    fix = f"use {key}={' or '.join(str(v).lower() if isinstance(v, bool) else str(v) for v in accepted)}"
+    message = f"engine {config.engine} cannot do {setting(config, key)}"
+    return Problem((f"engine={config.engine}", setting(config, key)), message, fix)

@@ -4,7 +4,7 @@ The docstring below a field is its description in `disttrain schema`. A setting 
 (a loss scale without fp16, say) is refused by `disttrain.config.problems`, never ignored.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,7 @@ PipelineSchedule = Literal[
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+WandbName = Annotated[str, Field(pattern=r"^[^/\\#?%:\r\n]+$", max_length=128)]
 
 
 class Section(BaseModel):
@@ -228,6 +229,10 @@ class CompressionConfig(Section):
     """How gradients are encoded on the wire."""
 
 
+class HorovodConfig(Section):
+    """How Horovod reduces gradients; for engine horovod only."""
+
+
 class CheckpointConfig(Section):
     """When to save, what to keep, where to start."""
 
@@ -249,11 +254,19 @@ class LogConfig(Section):
     tensorboard: bool = False
     """Write TensorBoard events to the run folder."""
     wandb: bool = False
-    """Log to Weights & Biases from one rank."""
-    wandb_project: str | None = None
-    """Weights & Biases project; disttrain when not given."""
+    """Log to Weights & Biases from one rank (docs/wandb.md)."""
+    wandb_project: WandbName | None = None
+    """Weights & Biases project; WANDB_PROJECT, else disttrain, when not given."""
+    wandb_entity: WandbName | None = None
+    """User or team that owns the project; WANDB_ENTITY, else your default one, when not given."""
+    wandb_group: WandbName | None = None
+    """Runs that belong together; WANDB_RUN_GROUP when not given, and the tasks of a Slurm array are one group."""
+    wandb_tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
+    """Words to find the run by; WANDB_TAGS when empty."""
+    wandb_notes: str | None = None
+    """A remark about the run; WANDB_NOTES when not given."""
     wandb_mode: Literal["online", "offline"] | None = None
-    """Overrides WANDB_MODE."""
+    """Overrides WANDB_MODE; offline keeps everything in the run folder for `wandb sync`."""
 
 
 class Config(Section):
@@ -272,5 +285,9 @@ class Config(Section):
     """What executes one optimizer step."""
     parallel: ParallelConfig = ParallelConfig()
     compression: CompressionConfig = CompressionConfig()
+    deepspeed: dict[str, Any] = {}
+    """DeepSpeed's own settings, added to those that follow from this config (docs/engines.md); a contradiction between
+    the two is refused."""
+    horovod: HorovodConfig = HorovodConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

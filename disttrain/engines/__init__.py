@@ -1,16 +1,30 @@
 """Engines: what executes one optimizer step. The boundary is the step (design, section 3)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from disttrain.config.schema import Config, Precision
 from disttrain.models.layers import LossSum
+from disttrain.parallel.groups import Groups
+from disttrain.parallel.sharding import LocalParameter
+from disttrain.precision import LossScale
 
 Batch = Mapping[str, np.ndarray]
 State = dict[str, Any]
+Moment = Literal["reduced", "clipped", "updated"]
+
+ENGINES = {
+    "native": ("disttrain.engines.native", "NativeEngine"),
+    "deepspeed": ("disttrain.engines.deepspeed", "DeepSpeedEngine"),
+    "horovod": ("disttrain.engines.horovod", "horovod_engine"),
+}
+"""What `engine` can be: module, and what it calls to make one; imported when it is chosen."""
 
 
 @dataclass(frozen=True)
@@ -61,3 +75,44 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release what was acquired."""
         ...
+
+
+class ProvenEngine(Engine, Protocol):
+    """What `disttrain verify` looks at beside: the inside of a step, whole weights and gradients."""
+
+    scale: LossScale
+    parameters: list[LocalParameter]
+    watch: Callable[[Moment], None] | None
+    """Called within a step when gradients are complete but still scaled, when clipped, and when updated."""
+
+    def gather(self, what: Literal["weight", "gradient"]) -> dict[str, Tensor]:
+        """Whole weights or (scaled) gradients by name on rank 0, {} elsewhere. All ranks call it."""
+        ...
+
+    def disagreeing(self, what: Literal["weight", "gradient"]) -> list[str]:
+        """Names of parameters whose copies differ between ranks, on rank 0, [] elsewhere. All ranks call it."""
+        ...
+
+
+class Reduction(Protocol):
+    """Another library's summing of gradients over the data ranks, in the native engine's step."""
+
+    def attach(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, nn.Parameter]]
+    ) -> torch.optim.Optimizer:
+        """Watch these parameters' gradients from now on; the optimizer whose state is saved."""
+        ...
+
+    def complete(self) -> None:
+        """After the step's last backward pass: wait until every gradient is the **sum** over all ranks."""
+        ...
+
+    def update(self) -> None:
+        """The optimizer's step, on gradients that are complete, unscaled and clipped."""
+        ...
+
+
+def build(config: Config, groups: Groups, device: torch.device, precision: Precision) -> ProvenEngine:
+    """The engine that the config names; all ranks call it together. `precision` is resolved, never "auto"."""
+    module, maker = ENGINES[config.engine]
+    return getattr(import_module(module), maker)(config, groups, device, precision)

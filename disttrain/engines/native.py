@@ -5,37 +5,41 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from disttrain.config.schema import Config, Precision
-from disttrain.engines import Batch, State, StepResult
+from disttrain.engines import Batch, Moment, Reduction, State, StepResult, objective
 from disttrain.models import Model
-from disttrain.models.dropout import at_site
 from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
 from disttrain.parallel import data, gradients, sharding
 from disttrain.parallel.collectives import reduce_over
-from disttrain.parallel.context import split_batch
 from disttrain.parallel.groups import Groups
 from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
 from disttrain.precision import LossScale, autocast, master_dtype
 
-Moment = Literal["reduced", "clipped", "updated"]
-
 
 class NativeEngine:
-    """One optimizer step with torch alone. `precision` is resolved, never "auto". All ranks make theirs together."""
+    """One optimizer step with torch alone. `precision` is resolved, never "auto". All ranks make theirs together.
 
-    def __init__(self, config: Config, groups: Groups, device: torch.device, precision: Precision):
+    A `reduction` sums gradients over the data ranks, and updates, in place of DDP and of the optimizer's own step.
+    """
+
+    def __init__(
+        self, config: Config, groups: Groups, device: torch.device, precision: Precision,
+        reduction: Reduction | None = None,
+    ):  # fmt: skip
         self.config, self.groups, self.device = config, groups, device
         self.precision: Precision = precision
         self.scale = LossScale.start(precision, config.loss_scale)
-        self.chunks = parallelize(config, groups, device, precision)
+        self.chunks = parallelize(config, groups, device, precision, replicated=reduction is None)
         self.parameters = [p for chunk in self.chunks for p in chunk.parameters if p.parameter.requires_grad]
         self.optimizer = build_optimizer(config.optim, [(p.shard.name, p.master) for p in self.parameters])
+        self._reduction = reduction
+        if reduction is not None:
+            self.optimizer = reduction.attach(self.optimizer, [(p.shard.name, p.master) for p in self.parameters])
         self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
         self.watch: Callable[[Moment], None] | None = None
         """Called within a step when gradients are complete but still scaled, when clipped, and when updated: for proofs."""
@@ -63,6 +67,8 @@ class NativeEngine:
         counts, tokens = self._count(batches)
         sums = self._forward_and_backward(batches, counts)
         totals = reduce_over(self.groups.world, sums)
+        if self._reduction is not None:
+            self._reduction.complete()
         reduced = self._pipeline is None and not self.config.parallel.zero
         gradients.complete(self.parameters, self.groups, self._model.tied, reduced)
         self._tell("reduced")
@@ -84,36 +90,21 @@ class NativeEngine:
             self.watch(moment)
 
     def _prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """This rank's part of a micro-batch on its device; what the model derives on the host is added before."""
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
-        samples = tensors.pop("samples", None)
-        if samples is not None and self.config.model.dropout:
-            tensors["dropout_seeds"] = at_site(samples, self.config.run.seed)
-        tensors = split_batch(tensors, self.groups.context, zigzag=self._model.causal)
-        tensors = self._model.prepare_batch(tensors)
-        if self.device.type == "cpu":
-            return tensors
-        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+        return objective.prepare(batch, self._model, self.config, self.groups, self.device)
 
     @property
     def _model(self) -> Model:
         return self.chunks[0].model
 
     def _count(self, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
-        """Targets of each objective and real tokens of the whole step: known before any backward pass."""
-        counted = [self._model.count_targets(batch) for batch in batches]
-        names = list(counted[0])
-        rows = [[c[name] for name in names] + [real_tokens(b)] for c, b in zip(counted, batches, strict=True)]
-        totals = reduce_over(self.groups.data, torch.stack([torch.stack(row) for row in rows]).sum(0))
-        return {name: totals[i] for i, name in enumerate(names)}, totals[-1]
+        return objective.count(batches, self._model, self.groups.data)
 
     def _forward_and_backward(self, batches: list[dict[str, Tensor]], counts: dict[str, Tensor]) -> Tensor:
         """Loss sums [objectives] of this rank alone: zeros but on one rank of those that compute the same loss."""
 
         def scaled(losses: dict[str, LossSum]) -> tuple[Tensor, Tensor]:
-            means = [loss.sum / counts[name].clamp(min=1) for name, loss in losses.items()]
-            kept = torch.stack([loss.sum.detach() for loss in losses.values()])
-            return torch.stack(means).sum().mul(self.scale.value), kept
+            loss, kept = objective.descended(losses, counts)
+            return loss.mul(self.scale.value), kept
 
         if self._pipeline is not None:
             sums = self._run_schedule(self._pipeline, batches, scaled)
@@ -173,23 +164,21 @@ class NativeEngine:
             p.master.grad = p.gradient
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        if self._reduction is None:
+            self.optimizer.step()
+        else:
+            self._reduction.update()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, LossSum]:
         """Sums over all ranks of every objective and score; see `Engine.evaluate`."""
         for chunk in self.chunks:
             chunk.model.eval()
-        names: list[str] = list(self._model.SCORES)
-        totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
-        for scores in self._scores(self._prepare(batch) for batch in batches):
-            totals += torch.stack([torch.stack([scores[n].sum.double(), scores[n].count.double()]) for n in names])
-        if self.groups.tensor.rank > 0:
-            totals.zero_()
-        reduce_over(self.groups.world, totals)
+        scores = self._scores(self._prepare(batch) for batch in batches)
+        totals = objective.total_scores(scores, list(self._model.SCORES), self.groups, self.device)
         for chunk in self.chunks:
             chunk.model.train()
-        return {name: LossSum(totals[i, 0], totals[i, 1]) for i, name in enumerate(names)}
+        return totals
 
     def _scores(self, batches: Iterable[dict[str, Tensor]]) -> Iterable[dict[str, LossSum]]:
         """Scores of each batch, on ranks with the head."""
@@ -269,10 +258,3 @@ def _no_moments(master: Tensor) -> dict[str, Tensor]:
     """The state that AdamW starts from."""
     step = torch.zeros((), dtype=torch.float32, device=master.device)
     return {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-
-
-def real_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """Number of tokens that are not padding."""
-    mask = batch.get("attention_mask")
-    tokens = batch["tokens"]
-    return tokens.new_full((), tokens.numel()) if mask is None else mask.sum()

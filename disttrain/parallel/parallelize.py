@@ -33,8 +33,13 @@ class Chunk:
     parameters: list[LocalParameter]
 
 
-def parallelize(config: Config, groups: Groups, device: torch.device, precision: Precision) -> list[Chunk]:
-    """This rank's stages, filled with their initial weights. All ranks call it together."""
+def parallelize(
+    config: Config, groups: Groups, device: torch.device, precision: Precision, replicated: bool = True
+) -> list[Chunk]:
+    """This rank's stages, filled with their initial weights. All ranks call it together.
+
+    With `replicated` whole gradients are summed over the data ranks by DDP; otherwise by whoever called.
+    """
     parallel, at, ranks = config.parallel, groups.pipeline.rank, groups.pipeline.size
     numbers, layers = [0], [range(config.model.layers)]
     if ranks > 1:
@@ -62,7 +67,7 @@ def parallelize(config: Config, groups: Groups, device: torch.device, precision:
         else:
             fill(model, "")
         module: nn.Module = data.LossModule(model)
-        if not parallel.zero and groups.pipeline.size == 1:
+        if replicated and not parallel.zero and groups.pipeline.size == 1:
             module = data.replicate(module, device, groups.data)
         chunks.append(Chunk(number, model, module, local_parameters(model, groups, cutting, device)))
     return chunks

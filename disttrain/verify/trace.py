@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from disttrain import checkpoint
+from disttrain import checkpoint, engines
 from disttrain.config.schema import Config, Precision
-from disttrain.engines.native import NativeEngine
+from disttrain.engines import ProvenEngine
 from disttrain.mesh import build_mesh
 from disttrain.models import model_class
 from disttrain.parallel.collectives import Traffic, gather_objects
@@ -185,7 +185,7 @@ class _Observed:
     ) -> None:
         self.config, self.batches, self.groups = config, batches, groups
         self.share = (groups.mesh.data_rank(groups.rank), groups.mesh.data_ranks, config.train.micro_batch_size)
-        self.engine = NativeEngine(config, self.groups, torch.device("cpu"), precision)
+        self.engine = engines.build(config, self.groups, torch.device("cpu"), precision)
         if scale is not None:
             self.engine.scale = scale
         self.engine.watch = self._watch
@@ -285,7 +285,7 @@ class _Observed:
             overflow(self.engine)
 
 
-def overflow(engine: NativeEngine) -> None:
+def overflow(engine: ProvenEngine) -> None:
     """Make one element of one gradient of this rank infinite."""
     for parameter in engine.parameters:
         if parameter.gradient is not None and parameter.gradient.numel():
