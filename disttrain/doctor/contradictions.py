@@ -12,8 +12,79 @@ def contradictions(info: RankInfo, ranks: list[RankFacts]) -> list[Problem]:
     return [*_versions(ranks), *_devices(ranks), *_places(info, ranks)]
 
 
+def why_not_met(info: RankInfo, own: RankFacts) -> list[Problem]:
+    """What on this rank explains that it did not meet the others: the interface, the loopback as master."""
+    problems: list[Problem] = []
+    named = own.variables.get("GLOO_SOCKET_IFNAME")
+    up = f"interfaces that are up: {', '.join(own.interfaces)}"
+    if named and not own.gloo_interface:
+        problems.append(
+            Problem(
+                (f"GLOO_SOCKET_IFNAME={named}", f"host {own.host}", up),
+                "there is no network interface of this name, or it is down, and gloo opens its sockets on it.",
+                f"Set GLOO_SOCKET_IFNAME={own.master_interface or 'NAME'}, or unset it.",
+            )
+        )
+    if info.nodes == 1 or info.local_world_size == info.world_size:
+        return problems
+    master = (f"MASTER_ADDR={info.master_address}", f"host {own.host}")
+    if not own.master_interface:
+        message = "this host has no route to the master address, or does not know the name."
+        problems.append(Problem((*master, up), message, "Set MASTER_ADDR to an address of rank 0 in a common network."))
+    elif own.master_is_loopback and info.node_rank != 0:
+        message = "the master address means the own host here, where rank 0 is not."
+        problems.append(Problem(master, message, "Set MASTER_ADDR to an address of rank 0 that all hosts reach."))
+    if own.gloo_is_loopback:
+        source = (
+            f"GLOO_SOCKET_IFNAME={named}" if named else f"host name {own.host}, which resolves to {own.gloo_address}"
+        )
+        message = "gloo would listen on the loopback, where ranks of other hosts cannot reach it."
+        common = own.master_interface if not own.master_is_loopback else ""
+        problems.append(Problem((source, up), message, f"export GLOO_SOCKET_IFNAME={common or 'NAME'} on this host."))
+    return problems
+
+
 def notes(info: RankInfo, ranks: list[RankFacts]) -> list[str]:
-    """What is not wrong but likely slow."""
+    """What is not wrong but likely slow, or wrong with one engine only."""
+    return [*_slow(info, ranks), *_networks(ranks), *_horovod(info, ranks[0])]
+
+
+def _networks(ranks: list[RankFacts]) -> list[str]:
+    """Interfaces that were hardly meant."""
+    found: list[str] = []
+    several = len(_by_host(ranks)) > 1
+    for host, local in _by_host(ranks).items():
+        own = local[0]
+        if several and own.gloo_interface and own.master_interface and own.gloo_interface != own.master_interface:
+            found.append(
+                f"On {host} gloo speaks through {own.gloo_interface}, while the route to rank 0 is "
+                f"{own.master_interface}: export GLOO_SOCKET_IFNAME for the faster one."
+            )
+        named = own.variables.get("NCCL_SOCKET_IFNAME")
+        if named and not own.nccl_interfaces:
+            found.append(f"NCCL_SOCKET_IFNAME={named} takes no interface of {host}: {', '.join(own.interfaces)}.")
+    return found
+
+
+def _horovod(info: RankInfo, own: RankFacts) -> list[str]:
+    """A Horovod that was built without what this launcher needs."""
+    if not own.packages.get("horovod"):
+        return []
+    if not own.horovod_built:
+        return ["Horovod is installed without native code for this torch: run launchers/install_horovod.sh."]
+    found: list[str] = []
+    if "mpi" not in own.horovod_built and info.launcher in ("openmpi", "mpich"):
+        found.append(
+            "Horovod is built without MPI: with engine=horovod each process would be rank 0 of 1 under mpirun. Start "
+            "with horovodrun, or build it again where MPI is installed."
+        )
+    if own.gpus and "nccl" not in own.horovod_built:
+        found.append("Horovod is built without NCCL and would reduce GPU gradients through host memory.")
+    return found
+
+
+def _slow(info: RankInfo, ranks: list[RankFacts]) -> list[str]:
+    """Threads, cores and devices that do not fit."""
     found: list[str] = []
     for host, local in _by_host(ranks).items():
         bound_to = {core for facts in local for core in facts.bound_to}
@@ -38,10 +109,10 @@ def notes(info: RankInfo, ranks: list[RankFacts]) -> list[str]:
 def _versions(ranks: list[RankFacts]) -> list[Problem]:
     """Ranks with different versions of anything that speaks to the other ranks."""
     problems: list[Problem] = []
-    for name in ("disttrain", "torch", "python", "cuda", "nccl"):
+    for name in ("disttrain", "torch", "python", "cuda", "nccl", "deepspeed", "horovod", "mpi4py", "MPI library"):
         holders: dict[str, list[int]] = defaultdict(list)
         for facts in ranks:
-            version = facts.versions.get(name, "")
+            version = {**facts.versions, **facts.packages, "MPI library": facts.mpi_library}.get(name, "")
             # Patch releases of Python work together.
             holders[".".join(version.split(".")[:2]) if name == "python" else version].append(facts.rank)
         if len(holders) > 1:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from disttrain.config.problems import Problem, RefusedInput
-from disttrain.doctor.contradictions import contradictions, notes
+from disttrain.doctor.contradictions import contradictions, notes, why_not_met
 from disttrain.doctor.facts import RankFacts, gather_facts, rank_facts
 from disttrain.doctor.links import LinkSpeed, measure_links
 from disttrain.launch import RankInfo
@@ -21,6 +21,13 @@ class Diagnosis:
     links: list[LinkSpeed] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def is_for_this_rank(self) -> bool:
+        """Whether this rank shows it: the first one, and the first of each node where the ranks did not meet."""
+        if self.info is None or self.info.rank == 0:
+            return True
+        return self.info.local_rank == 0 and len(self.ranks) < self.info.world_size
 
 
 def diagnose(info: RankInfo | None = None, timeout_s: float = 60) -> Diagnosis:
@@ -44,7 +51,7 @@ def diagnose(info: RankInfo | None = None, timeout_s: float = 60) -> Diagnosis:
         # Gloo first: it also works where ranks disagree about devices, which is to be found out here.
         world.start(info, "cpu", timeout_s)
     except RefusedInput as refused:
-        return Diagnosis(info, [own], [], notes(info, [own]), refused.problems)
+        return Diagnosis(info, [own], [], notes(info, [own]), [*refused.problems, *why_not_met(info, own)])
     try:
         ranks = gather_facts(own, info.world_size)
         problems = contradictions(info, ranks)

@@ -1,29 +1,15 @@
 """What one rank knows about itself, and all ranks' facts on every rank."""
 
-import importlib.util
 import os
-import platform
 import shutil
 import socket
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
-from pathlib import Path
 
 import psutil
 
-from disttrain import __version__, hardware
-from disttrain.launch import RankInfo
-
-OPTIONAL = {
-    "deepspeed": "pip install deepspeed",
-    "horovod": "build it from source against this torch",
-    "mpi4py": "pip install mpi4py",
-    "wandb": "pip install 'disttrain[wandb]'",
-    "tensorboard": "pip install 'disttrain[tensorboard]'",
-    "datasets": "pip install 'disttrain[hf]'",
-    "transformers": "pip install 'disttrain[hf]'",
-}
-"""Packages that disttrain uses where they are installed, and how to install them."""
+from disttrain import hardware
+from disttrain.doctor.software import OPTIONAL, horovod_built, mpi_library, package_version, versions
+from disttrain.launch import RankInfo, network
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_DEBUG", "OMP_NUM_THREADS",
              "CUDA_VISIBLE_DEVICES")  # fmt: skip
@@ -71,18 +57,36 @@ class RankFacts:
     """Version of each optional package; empty where it is not installed."""
     variables: dict[str, str] = field(default_factory=dict)
     """VARIABLES that are set."""
+    horovod_built: tuple[str, ...] = ()
+    """What Horovod was built with, of mpi, gloo and nccl."""
+    mpi_library: str = ""
+    """The MPI library that mpi4py finds; empty when there is none."""
+    interfaces: tuple[str, ...] = ()
+    """Network interfaces that are up."""
+    gloo_interface: str = ""
+    """The one that gloo speaks through; empty where GLOO_SOCKET_IFNAME names none that is up."""
+    gloo_address: str = ""
+    gloo_speed_megabits_per_second: int | None = None
+    """None where the driver does not tell."""
+    gloo_is_loopback: bool = False
+    """Whether this interface reaches the own host only."""
+    nccl_interfaces: tuple[str, ...] = ()
+    """Those that NCCL's sockets go through (InfiniBand verbs go their own way)."""
+    master_interface: str = ""
+    """The one with the route to the master address; empty when there is no route."""
+    master_is_loopback: bool = False
+    """Whether the master address means this host itself."""
 
 
 def rank_facts(info: RankInfo) -> RankFacts:
     """Look at this process and its host."""
     import torch
-    import torch.cuda.nccl
     import torch.distributed as dist
 
     gpus = _gpus()
     cores = os.cpu_count() or 1
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpus and available["nccl"] else ""
+    gloo, route = network.gloo_interface(os.environ), network.route_to(info.master_address)
     return RankFacts(
         rank=info.rank,
         local_rank=info.local_rank,
@@ -98,15 +102,19 @@ def rank_facts(info: RankInfo) -> RankFacts:
         memory_bytes=psutil.virtual_memory().total,
         disk_free_bytes=shutil.disk_usage(".").free,
         backends=tuple(name for name, present in available.items() if present),
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda or "",
-            "nccl": nccl,
-            "disttrain": __version__,
-        },
-        packages={name: _package_version(name) for name in OPTIONAL},
+        versions=versions(with_gpus=bool(gpus)),
+        packages={name: package_version(name) for name in OPTIONAL},
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        horovod_built=horovod_built(),
+        mpi_library=mpi_library(),
+        interfaces=tuple(interface.name for interface in network.interfaces()),
+        gloo_interface=gloo.name if gloo else "",
+        gloo_address=gloo.addresses[0] if gloo else "",
+        gloo_speed_megabits_per_second=gloo.speed_megabits_per_second if gloo else None,
+        gloo_is_loopback=gloo.is_loopback if gloo else False,
+        nccl_interfaces=network.nccl_interfaces(os.environ),
+        master_interface=route.name if route else "",
+        master_is_loopback=route.is_loopback if route else False,
     )
 
 
@@ -145,18 +153,3 @@ def _cpu_flags() -> tuple[str, ...]:
     lines = (line for line in hardware.CPUINFO.read_text().splitlines() if line.startswith("flags"))
     flags = next(lines, "").split()
     return tuple(flag for flag in CPU_FLAGS if flag in flags)
-
-
-def _package_version(name: str) -> str:
-    """Version of an installed package, empty when there is none; says so when Horovod lacks its native code."""
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-    if name == "horovod":
-        # Without its build flags an install succeeds and gives Python files only.
-        spec = importlib.util.find_spec(name)
-        folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-        if not any(folder.glob("torch/mpi_lib*.so") for folder in folders):
-            return f"{version} without native code for torch"
-    return version

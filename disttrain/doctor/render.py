@@ -5,7 +5,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from disttrain.doctor.diagnosis import Diagnosis
-from disttrain.doctor.facts import OPTIONAL, RankFacts
+from disttrain.doctor.facts import RankFacts
+from disttrain.doctor.software import OPTIONAL
 
 _GIB = 1024**3
 
@@ -42,10 +43,13 @@ def _launcher(diagnosis: Diagnosis, console: Console) -> None:
     meeting = f", meeting at {info.master_address}:{info.master_port}" if info.world_size > 1 else ""
     restarts = f", restart {info.restart_count}" if info.restart_count else ""
     console.print(f"[bold]launcher[/] {info.launcher}: {escape(world + meeting + restarts)}")
+    gpus = bool(diagnosis.ranks) and all(facts.device != "cpu" for facts in diagnosis.ranks)
+    console.print(f"[bold]backend[/] {'nccl on the GPUs, gloo on the CPU' if gpus else 'gloo'}")
 
 
 def _ranks(ranks: list[RankFacts], console: Console) -> None:
-    table = Table("rank", "host", "local rank", "device", "pid", "threads", title="ranks", title_justify="left")
+    columns = ("rank", "host", "local rank", "device", "pid", "threads", "gloo speaks through")
+    table = Table(*columns, title="ranks", title_justify="left")
     for facts in ranks:
         device = facts.device
         if device != "cpu":
@@ -53,8 +57,17 @@ def _ranks(ranks: list[RankFacts], console: Console) -> None:
             device = f"{device} {gpu.name}"
         numbers = (facts.rank, facts.local_rank, facts.pid, facts.threads)
         rank, local_rank, pid, threads = map(str, numbers)
-        table.add_row(rank, escape(facts.host), local_rank, escape(device), pid, threads)
+        table.add_row(rank, escape(facts.host), local_rank, escape(device), pid, threads, escape(_interface(facts)))
     console.print(table)
+
+
+def _interface(facts: RankFacts) -> str:
+    """Name, address and speed of gloo's interface."""
+    if not facts.gloo_interface:
+        return "no interface"
+    speed = facts.gloo_speed_megabits_per_second
+    told = f", {speed:,} Mbit/s" if speed else ""
+    return f"{facts.gloo_interface} {facts.gloo_address}{told}"
 
 
 def _host(facts: RankFacts, console: Console) -> None:
@@ -72,6 +85,10 @@ def _host(facts: RankFacts, console: Console) -> None:
     if not facts.gpus:
         table.add_row("GPU", "none")
     table.add_row("backends", ", ".join(facts.backends))
+    table.add_row("interfaces", escape(", ".join(facts.interfaces)))
+    table.add_row("route to rank 0", escape(facts.master_interface or "none"))
+    if facts.gpus:
+        table.add_row("NCCL's sockets", escape(", ".join(facts.nccl_interfaces) or "none"))
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS"):
         table.add_row(name, escape(facts.variables.get(name, "not set")))
     for name, value in facts.variables.items():
@@ -84,9 +101,16 @@ def _software(facts: RankFacts, console: Console) -> None:
     table = Table("", "", title="versions", title_justify="left", show_header=False)
     for name, version in facts.versions.items():
         table.add_row(name, escape(version or "none"))
+    parts = {"horovod": _built(facts), "mpi4py": f" with {facts.mpi_library or 'no MPI library'}"}
     for name, version in facts.packages.items():
+        version += parts.get(name, "") if version else ""
         table.add_row(name, escape(version) if version else f"[dim]not installed: {escape(OPTIONAL[name])}[/]")
     console.print(table)
+
+
+def _built(facts: RankFacts) -> str:
+    """What Horovod was built with."""
+    return f" with {', '.join(facts.horovod_built)}" if facts.horovod_built else " without native code for torch"
 
 
 def _links(diagnosis: Diagnosis, console: Console) -> None:
@@ -100,4 +124,10 @@ def _links(diagnosis: Diagnosis, console: Console) -> None:
             "latency" if link.message_bytes < 1024 else f"{link.bus_bytes_per_second / 1e9:.3f} GB/s",
         )
     console.print(table)
+    latency = min(diagnosis.links, key=lambda link: link.message_bytes)
+    fastest = max(diagnosis.links, key=lambda link: link.bus_bytes_per_second)
+    console.print(
+        f"latency {latency.seconds * 1e6:,.0f} us ({latency.message_bytes} bytes), bandwidth "
+        f"{fastest.bus_bytes_per_second / 1e9:.3f} GB/s ({fastest.message_bytes:,} bytes)"
+    )
     console.print("bus bandwidth = 2 (n - 1) / n * bytes / seconds for n ranks; median time of the slowest rank")

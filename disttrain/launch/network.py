@@ -78,6 +78,25 @@ def gloo_interface(environ: Mapping[str, str]) -> Interface | None:
     return next((found for found in own if found), interface_of("127.0.0.1"))
 
 
+def nccl_interfaces(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the interfaces that NCCL opens its sockets on, by the rules of its documentation.
+
+    NCCL_SOCKET_IFNAME has beginnings of names, exact ones after "=", or such that are not taken after "^". Without it
+    ib* goes before all others, docker* comes after them and the loopback last.
+    """
+    up = [(interface.name, interface.is_loopback) for interface in interfaces()]
+    wanted = environ.get("NCCL_SOCKET_IFNAME", "")
+    if not wanted:
+        ranked = [(name, 3 if loopback else 2 if name.startswith("docker") else 0 if name.startswith("ib") else 1)
+                  for name, loopback in up]  # fmt: skip
+        best = min((order for _, order in ranked), default=0)
+        return tuple(name for name, order in ranked if order == best)
+    without, exact = wanted.startswith("^"), "=" in wanted[:2]
+    words = wanted.lstrip("^=").split(",")
+    hits = [any(name == word if exact else name.startswith(word) for word in words) for name, _ in up]
+    return tuple(name for (name, _), hit in zip(up, hits, strict=True) if hit != without)
+
+
 def reachable_candidates(environ: Mapping[str, str]) -> list[str]:
     """Addresses of this host that other hosts may reach, the likeliest first."""
     preferred = gloo_interface(environ)

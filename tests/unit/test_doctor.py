@@ -22,7 +22,8 @@ from disttrain.doctor import (
     notes,
     render,
 )
-from disttrain.launch import RankInfo, detect
+from disttrain.doctor.contradictions import why_not_met
+from disttrain.launch import RankInfo, detect, network
 from disttrain.parallel import world
 
 ALONE = RankInfo("none", 0, 1, 0, 1, 0, 1, "127.0.0.1", 0)
@@ -131,22 +132,26 @@ def test_doctor_of_two_ranks(tmp_path):
     assert first["info"]["launcher"] == "torchrun" and first["info"]["world_size"] == 2
     assert [rank["rank"] for rank in first["ranks"]] == [0, 1]
     assert len({rank["pid"] for rank in first["ranks"]}) == 2
-    assert [link["message_bytes"] for link in first["links"]] == [4, 65536, 1048576, 16777216]
+    assert [link["message_bytes"] for link in first["links"]] == [8, 65536, 1048576, 16777216]
     for link in first["links"]:
         assert 0 < link["seconds"] < 30
         assert link["bus_bytes_per_second"] == pytest.approx(link["message_bytes"] / link["seconds"])
     text = (tmp_path / "text").read_text()
     assert "world of 2 on 1 node" in text and "bus bandwidth = 2 (n - 1) / n" in text
+    assert "latency" in text and "us (8 bytes), bandwidth" in text and "backend gloo" in text
     for rank in first["ranks"]:
         assert str(rank["pid"]) in text
+        assert rank["gloo_interface"] in rank["interfaces"]
+        assert f"{rank['gloo_interface']} {rank['gloo_address']}" in text
 
 
 def test_bus_bandwidth():
     assert bus_bandwidth(4, 1_000_000, 0.5) == pytest.approx(3_000_000)
     text = rendered(
-        Diagnosis(ALONE, [facts(0)], [LinkSpeed("gloo", 4, 25e-6, 0), LinkSpeed("gloo", 1048576, 1e-3, 2e9)])
+        Diagnosis(ALONE, [facts(0)], [LinkSpeed("gloo", 8, 25e-6, 0), LinkSpeed("gloo", 1048576, 1e-3, 2e9)])
     )
-    assert "25 us" in text and "2.000 GB/s" in text and "1,048,576" in text
+    assert "2.000 GB/s" in text and "1,048,576" in text
+    assert "latency 25 us (8 bytes), bandwidth 2.000 GB/s (1,048,576 bytes)" in text
 
 
 def test_equal_ranks_have_no_contradiction():
@@ -214,6 +219,107 @@ def test_notes_about_threads_and_binding():
     assert notes(world_of(2, 1), bound) == []
     (binding,) = notes(world_of(2, 1, "openmpi"), bound)
     assert "2 of 4 cores" in binding and "--bind-to none" in binding
+
+
+def test_different_packages_and_mpi_libraries_are_named():
+    packages = [{"horovod": "0.28.1", "wandb": "0.31.0"}, {"horovod": "0.28.0", "wandb": "0.30.0"}]
+    text, _ = only_problem(world_of(2, 1), [facts(rank, packages=packages[rank]) for rank in range(2)])
+    assert "horovod 0.28.0: 1" in text and "wandb" not in text
+    libraries = [facts(0, mpi_library="Open MPI v4.1.4"), facts(1, mpi_library="MPICH Version: 5.0.2")]
+    assert "MPI library MPICH Version: 5.0.2: 1" in only_problem(world_of(2, 1), libraries)[0]
+
+
+def test_horovod_without_what_the_launcher_needs_is_a_note():
+    def said(launcher, built, gpus=0):
+        own = facts(0, packages={"horovod": "0.28.1"}, horovod_built=built, gpus=gpus)
+        return notes(world_of(1, 1, launcher), [own])
+
+    assert said("openmpi", ("mpi", "gloo")) == said("horovodrun", ("gloo",)) == []
+    for launcher in ("openmpi", "mpich"):
+        (note,) = said(launcher, ("gloo",))
+        assert "built without MPI" in note and "rank 0 of 1" in note
+    assert "install_horovod.sh" in said("openmpi", ())[0]
+    assert "without NCCL" in said("horovodrun", ("gloo",), gpus=1)[0]
+    text = rendered(Diagnosis(ALONE, [facts(0, packages={"horovod": "0.28.1"}, horovod_built=("mpi", "gloo"))]))
+    assert "0.28.1 with mpi, gloo" in text
+
+
+def test_networks_that_were_hardly_meant_are_notes():
+    apart = [facts(rank, f"node{rank}", 0, gloo_interface="eth0", master_interface="ib0") for rank in range(2)]
+    assert "On node0 gloo speaks through eth0, while the route to rank 0 is ib0" in notes(world_of(2, 2), apart)[0]
+    together = [replace(own, host="node0") for own in apart]
+    assert notes(world_of(2, 1), together) == []
+    named = facts(0, variables={"NCCL_SOCKET_IFNAME": "ib9"}, interfaces=("lo", "eth0"))
+    assert "NCCL_SOCKET_IFNAME=ib9 takes no interface of node0: lo, eth0" in notes(world_of(1, 1), [named])[0]
+
+
+REASONS = {
+    "no such interface": (
+        {"variables": {"GLOO_SOCKET_IFNAME": "eth9"}, "gloo_interface": "", "master_interface": "eth0"},
+        "GLOO_SOCKET_IFNAME=eth9", "Set GLOO_SOCKET_IFNAME=eth0",
+    ),
+    "loopback as master": (
+        {"master_interface": "lo", "master_is_loopback": True}, "MASTER_ADDR=node0", "that all hosts reach",
+    ),
+    "no route": ({"master_interface": ""}, "MASTER_ADDR=node0", "common network"),
+    "own name is the loopback": (
+        {"master_interface": "eth0", "gloo_is_loopback": True, "gloo_address": "127.0.1.1"},
+        "host name node1, which resolves to 127.0.1.1", "export GLOO_SOCKET_IFNAME=eth0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, setting, fix", REASONS.values(), ids=REASONS)
+def test_why_the_ranks_did_not_meet(changes, setting, fix):
+    second = replace(world_of(2, 2), rank=1, node_rank=1)
+    own = facts(1, "node1", 0, **{"gloo_interface": "eth0", "interfaces": ("lo", "eth0"), **changes})
+    (problem,) = why_not_met(second, own)
+    assert setting in "; ".join(problem.settings) and fix in problem.fix
+    good = facts(1, "node1", 0, gloo_interface="eth0", master_interface="eth0")
+    assert why_not_met(second, good) == []
+
+
+def test_an_interface_that_does_not_exist_is_explained(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchinterface0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        lonely = replace(ALONE, launcher="env", world_size=2, local_world_size=2, master_port=free.getsockname()[1])
+    diagnosis = diagnose(lonely, timeout_s=1)
+    said = [problem for problem in diagnosis.problems if "GLOO_SOCKET_IFNAME=nosuchinterface0" in problem.settings]
+    assert len(said) == 1 and "interfaces that are up: " in said[0].settings[2]
+    assert diagnosis.is_for_this_rank
+
+
+def test_which_ranks_show_the_diagnosis():
+    ranks = [facts(0), facts(1)]
+    shown = {
+        (rank, local, met): Diagnosis(
+            replace(world_of(4, 2), rank=rank, local_rank=local), [facts(i) for i in range(4)] if met else ranks[:1]
+        ).is_for_this_rank
+        for rank, local, met in ((0, 0, True), (0, 0, False), (2, 0, True), (2, 0, False), (3, 1, False))
+    }
+    assert [place for place, yes in shown.items() if yes] == [(0, 0, True), (0, 0, False), (2, 0, False)]
+
+
+def test_interfaces_of_this_host(monkeypatch):
+    loopback = network.interface_of("127.0.0.1")
+    assert loopback is not None and loopback.is_loopback and network.route_to("127.0.0.1") == loopback
+    assert network.route_to("no-such-host.invalid") is None
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback.name)
+    assert network.gloo_interface(os.environ) == loopback
+    assert network.gloo_interface({"GLOO_SOCKET_IFNAME": "nosuchinterface0"}) is None
+    assert "127.0.0.1" not in network.reachable_candidates({})
+
+
+@pytest.mark.parametrize(
+    "variable, taken",
+    [("", ["ib0"]), ("eth", ["eth0", "eth1"]), ("=eth1", ["eth1"]), ("^docker,lo", ["eth0", "eth1", "ib0"]), ("x", [])],
+)
+def test_interfaces_that_nccl_takes(monkeypatch, variable, taken):
+    made = [network.Interface(name, (f"10.0.0.{index}",)) for index, name in enumerate(("eth0", "eth1", "ib0"), 1)]
+    made += [network.Interface("docker0", ("172.17.0.1",)), network.Interface("lo", ("127.0.0.1",))]
+    monkeypatch.setattr(network, "interfaces", lambda: made)
+    assert list(network.nccl_interfaces({"NCCL_SOCKET_IFNAME": variable})) == taken
 
 
 def test_world_of_one_has_a_working_group_and_no_network(monkeypatch):
