@@ -2,7 +2,6 @@
 
 import os
 import sys
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.console import Console
 
     from disttrain.config.problems import Problem
     from disttrain.config.schema import Config
-    from disttrain.data.preparation import Prepared, Report
-    from disttrain.interruption import Interruption
 
 app = typer.Typer(
     name="disttrain",
@@ -28,9 +23,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
-
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "HOROVOD_RANK", "SLURM_PROCID")
-"""Where launchers say which rank a process is; refused input is shown by the first one only."""
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[
@@ -96,7 +88,7 @@ def verify(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted certificate.")] = False,
 ) -> None:
     """Prove that layouts train exactly like one process, on this config's model and data; 0 equal, 1 not."""
-    from disttrain import data, preflight
+    from disttrain import data, preflight, preparing
     from disttrain.config.problems import RefusedInput
     from disttrain.interruption import Interruption
 
@@ -106,7 +98,7 @@ def verify(
     problems = [*data.preflight(settings), *preflight.own_model(settings)]
     if problems:
         raise RefusedInput(problems)
-    prepared = _prepare(settings, Interruption(), quiet=False)
+    prepared = preparing.prepare(settings, Interruption(), quiet=False)
     from disttrain.verify import run
 
     command = " ".join(["disttrain verify", str(config), *(overrides or [])])
@@ -138,6 +130,52 @@ def doctor(
     raise typer.Exit(1 if diagnosis.problems else 0)
 
 
+class Launchers(StrEnum):
+    """How a Slurm script starts the ranks."""
+
+    srun = "srun"
+    torchrun = "torchrun"
+    mpirun = "mpirun"
+
+
+@app.command()
+def slurm(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 2,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="Ranks, each with a GPU; 0 trains on CPUs.")] = 8,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on CPUs.")] = None,
+    cpus_per_rank: Annotated[int, typer.Option(min=1, help="CPUs of a rank.")] = 4,
+    account: Annotated[str | None, typer.Option(help="Account to charge; the cluster's default if not given.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition; the cluster's default if not given.")] = None,
+    time: Annotated[str, typer.Option(help="Time limit: minutes, H:MM:SS or D-HH:MM:SS.")] = "1-00:00:00",
+    launcher: Annotated[
+        Launchers | None, typer.Option(help="srun, or mpirun for engine=horovod, if not given.")
+    ] = None,
+    requeue: Annotated[bool, typer.Option(help="Go on after preemption, the time limit or a lost node.")] = True,
+    sweep: Annotated[Path | None, typer.Option(help="An array job: one run for each line of overrides.")] = None,
+    python: Annotated[str, typer.Option(help="Python on the nodes.")] = sys.executable,
+    out: Annotated[Path | None, typer.Option(help="File to write; standard output if not given.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch and print the job's id.")] = False,
+) -> None:
+    """Write a batch script for Slurm after every check the run itself would make, and submit it."""
+    from disttrain import slurm_script
+    from disttrain.config.problems import RefusedInput
+
+    settings, words = _load(config, overrides), overrides or []
+    chosen = launcher.value if launcher else slurm_script.launcher_for(settings)
+    lines = (str(sweep), len(slurm_script.lines_of(sweep))) if sweep else None
+    job = slurm_script.Job(nodes, gpus_per_node, ranks_per_node, cpus_per_rank, account, partition, time, chosen, requeue,
+                           lines)  # fmt: skip
+    problems = slurm_script.sweep_problems(sweep, config, words, job) if sweep else slurm_script.problems(settings, job)
+    if problems:
+        raise RefusedInput(problems)
+    script = slurm_script.render(job, settings.run.name, [str(config), *words], python)
+    if out:
+        slurm_script.write(out, script)
+    typer.echo(slurm_script.submit(script) if submit else "" if out else script, nl=submit)
+
+
 @app.command()
 def schema(
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON schema, for editors.")] = False,
@@ -159,14 +197,14 @@ def prepare(
     verify: Annotated[bool, typer.Option("--verify", help="Read every shard against its checksum afterwards.")] = False,
 ) -> None:
     """Turn the corpus of a config into memory-mapped token shards; can be interrupted and repeated."""
-    from disttrain import data
+    from disttrain import data, preparing
     from disttrain.config.problems import RefusedInput
 
     settings = _load(config, overrides)
     problems = data.preflight(settings)
     if problems:
         raise RefusedInput(problems)
-    with _progress(quiet=False) as report:
+    with preparing.progress(quiet=False) as report:
         folders = [data.prepare_folder(settings, out, report)] if out else []
         folders = folders or [folder for folder, _ in data.prepare(settings, report).train]
     if verify and (damaged := [problem for folder in folders for problem in data.verify(folder)]):
@@ -221,53 +259,12 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.exit(code or 0)
     except Exception as error:
-        sys.exit(_explain(error))
+        from disttrain.failures import explain
+
+        sys.exit(explain(error))
     except KeyboardInterrupt:
         print("disttrain: interrupted; nothing is lost, the same command goes on", file=sys.stderr)
         sys.exit(130)
-
-
-def _explain(error: Exception) -> int:
-    from disttrain.config.problems import RefusedInput
-
-    if isinstance(error, RefusedInput):
-        ranks = [os.environ.get(name, "") for name in RANK_VARIABLES]
-        if not any(rank.isdigit() and int(rank) > 0 for rank in ranks):
-            _show_problems(error.problems)
-        return 2
-    return _explain_failure(error)
-
-
-def _explain_failure(error: Exception) -> int:
-    """Expected failures in one line; anything else keeps its traceback, since it is our mistake."""
-    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-    if callable(show) and isinstance(code, int):  # a usage error of the command line, which typer knows how to show
-        show()
-        return code
-    if isinstance(error, RuntimeError | OSError | FloatingPointError) and type(error).__module__.startswith(
-        "disttrain"
-    ):
-        print(f"disttrain: {error}", file=sys.stderr)
-        return 1
-    import logging
-    import traceback
-
-    if logging.getLogger().handlers:
-        logging.getLogger("disttrain").error("failed", exc_info=error)
-    traceback.print_exception(error)
-    return 1
-
-
-def _show_problems(problems: "list[Problem]") -> None:
-    from rich.markup import escape
-
-    console = _console(stderr=True)
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    console.print(f"[bold red]disttrain: {count}; nothing was started[/]\n")
-    for number, problem in enumerate(problems, start=1):
-        console.print(f"[bold]{number:>3}  {escape(', '.join(problem.settings))}[/]", highlight=False)
-        console.print(f"     {escape(problem.message)}", highlight=False)
-        console.print(f"     [green]fix: {escape(problem.fix)}[/]\n", highlight=False)
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Config":
@@ -281,7 +278,7 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     from disttrain.interruption import Interruption, die_with_parent
 
     interruption = Interruption().listen()
-    from disttrain import preflight
+    from disttrain import preflight, preparing
     from disttrain.config.problems import RefusedInput
     from disttrain.launch.mpi import locate
 
@@ -296,7 +293,7 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     problems = preflight.problems(settings, world_size)
     if problems:
         raise RefusedInput(problems)
-    prepared = _prepare(settings, interruption, quiet=rank.rank != 0)
+    prepared = preparing.prepare(settings, interruption, quiet=rank.rank != 0)
     if not inside and world_size > 1:
         from disttrain import local_ranks
 
@@ -313,38 +310,7 @@ def _already_launched(nproc: int, launcher: str) -> "Problem":
                    "leave --nproc away, or run disttrain outside the launcher")  # fmt: skip
 
 
-def _console(stderr: bool = False) -> "Console":
+def _console() -> "Console":
     from rich.console import Console
 
-    return Console(stderr=stderr)
-
-
-def _prepare(config: "Config", interruption: "Interruption", quiet: bool) -> "Prepared":
-    """Prepare the data with a progress bar; what is prepared already costs nothing and shows nothing."""
-    from disttrain import data
-
-    with _progress(quiet) as show:
-
-        def report(done: int, total: int, what: str) -> None:
-            show(done, total, what)
-            if interruption.requested:  # what is complete stays; the same command goes on from there
-                raise KeyboardInterrupt
-
-        prepared = data.prepare(config, report)
-    if interruption.requested:
-        raise KeyboardInterrupt
-    return prepared
-
-
-@contextmanager
-def _progress(quiet: bool) -> "Iterator[Report]":
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console(stderr=True), transient=True, disable=quiet) as progress:
-        task = progress.add_task("preparing data", total=None, visible=False)
-
-        def report(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, description=what, visible=True)
-
-        yield report
+    return Console()

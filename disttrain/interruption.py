@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM become a request that the training loop reads between steps. Imports no torch."""
+"""Ctrl-C, SIGTERM and SIGUSR1 become a request that the training loop reads between steps. Imports no torch."""
 
 import ctypes
 import os
@@ -7,7 +7,8 @@ import sys
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is what batch systems are told to send some time before they end a job."""
 ALREADY_COUNTED_S = 2.0
 """The same Ctrl-C can arrive twice, from the terminal and from a launcher; later ones mean it."""
 
@@ -25,14 +26,15 @@ class Interruption:
         return self.signal is not None
 
     def listen(self) -> "Interruption":
-        """Take over SIGINT and SIGTERM; a second request after two seconds ends the process at once."""
+        """Take over the signals; a second SIGINT or SIGTERM after two seconds ends the process at once."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.signal is not None and now - self._since > ALREADY_COUNTED_S:
+        again = self.signal is not None and now - self._since > ALREADY_COUNTED_S
+        if again and number != signal.SIGUSR1:  # a warning only, also when it is repeated
             sys.stderr.write("disttrain: stopped at once; the last checkpoint is kept\n")
             os._exit(130)
         if self.signal is None:

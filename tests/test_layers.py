@@ -21,9 +21,9 @@ LAYERS: list[set[str]] = [
     {"assembly", "preflight", "overview", "doctor"},
     {"header", "recorder"},
     {"trainer"},
-    {"tasks", "run"},
+    {"tasks", "run", "slurm_script"},
     {"verify"},
-    {"local_ranks", "demo"},
+    {"local_ranks", "demo", "failures", "preparing"},
     {"cli", "__main__"},
 ]
 """Module names from the bottom; a module may import what is lower, or its own package."""
@@ -34,7 +34,8 @@ SAME_LAYER = {("launch", "config"), ("capabilities", "config"), ("hardware", "co
 """Edges inside a layer; this list may only shrink."""
 
 TORCH_FREE = ["hardware", "launch", "capabilities", "config.load", "config.checks", "config.describe", "mesh", "costs",
-              "stages", "layout", "memory", "data", "preflight", "overview", "loggers", "report", "cli"]  # fmt: skip
+              "stages", "layout", "memory", "data", "preflight", "overview", "loggers", "report",
+              "slurm_script", "failures", "preparing", "cli"]  # fmt: skip
 
 TOO_LONG: dict[str, int] = {}
 """Files that may have more than 350 lines, and how many; this list may only shrink."""

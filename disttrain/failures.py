@@ -1,0 +1,54 @@
+"""How a failure is shown, and with what exit code the command ends. Imports no torch."""
+
+import logging
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from disttrain.config.problems import Problem
+
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "HOROVOD_RANK", "SLURM_PROCID")
+"""Where launchers say which rank a process is; refused input is shown by the first one only."""
+
+
+def explain(error: Exception) -> int:
+    """Show refused input as a list and expected failures in one line; the exit code.
+
+    Anything else keeps its traceback, since it is our mistake.
+    """
+    from disttrain.config.problems import RefusedInput
+
+    if isinstance(error, RefusedInput):
+        ranks = [os.environ.get(name, "") for name in RANK_VARIABLES]
+        if not any(rank.isdigit() and int(rank) > 0 for rank in ranks):
+            show_problems(error.problems)
+        return 2
+    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if callable(show) and isinstance(code, int):  # a usage error of the command line, which typer knows how to show
+        show()
+        return code
+    if isinstance(error, RuntimeError | OSError | FloatingPointError) and type(error).__module__.startswith(
+        "disttrain"
+    ):
+        print(f"disttrain: {error}", file=sys.stderr)
+        return 1
+    if logging.getLogger().handlers:
+        logging.getLogger("disttrain").error("failed", exc_info=error)
+    traceback.print_exception(error)
+    return 1
+
+
+def show_problems(problems: "list[Problem]") -> None:
+    """Print every problem with its fix to stderr."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True)
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    console.print(f"[bold red]disttrain: {count}; nothing was started[/]\n")
+    for number, problem in enumerate(problems, start=1):
+        console.print(f"[bold]{number:>3}  {escape(', '.join(problem.settings))}[/]", highlight=False)
+        console.print(f"     {escape(problem.message)}", highlight=False)
+        console.print(f"     [green]fix: {escape(problem.fix)}[/]\n", highlight=False)
