@@ -40,6 +40,7 @@ def run(config: Config, rank: RankInfo, interruption: Interruption, prepared: da
         session = assemble(config, rank, prepared)
         try:
             reason = _train(session, folder, interruption)
+            world.wait_for_all()  # launchers end the ranks that are left once one has ended: rank 0 has reports to write
         finally:
             session.engine.close()
         world.stop()

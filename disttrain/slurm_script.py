@@ -56,14 +56,14 @@ class Job:
 
 
 def launcher_for(config: Config) -> Launcher:
-    """The launcher that fits the engine best."""
+    """The launcher that fits the engine best; Horovod can do all that it offers under mpirun only."""
     return "mpirun" if config.engine == "horovod" else "srun"
 
 
 def problems(config: Config, job: Job) -> list[Problem]:
     """Every reason why the job would not do what it says."""
-    return [*preflight.problems(config, job.nodes * job.ranks), *_ranks(config, job), *_words(job), *_requeue(config, job),
-            *_launcher(config, job)]  # fmt: skip
+    found = [*preflight.problems(config, job.nodes * job.ranks), *_ranks(config, job)]
+    return [*found, *_words(job), *_requeue(config, job)]
 
 
 def sweep_problems(path: Path, config: Path, overrides: Sequence[str], job: Job) -> list[Problem]:
@@ -261,13 +261,6 @@ def _requeue(config: Config, job: Job) -> list[Problem]:
                              "limit, so that it would start again and again without getting far",
                              f"give it at least {SHORTEST_S // 60} minutes, or use --no-requeue"))  # fmt: skip
     return found
-
-
-def _launcher(config: Config, job: Job) -> list[Problem]:
-    if config.engine != "horovod" or job.launcher == "mpirun":
-        return []
-    return [Problem((f"--launcher {job.launcher}", "engine=horovod"), "Horovod's ranks meet through MPI",
-                    "use --launcher mpirun")]  # fmt: skip
 
 
 def seconds(time: str) -> int | None:

@@ -43,6 +43,12 @@ def start(info: RankInfo, device_type: str, timeout_s: float) -> None:
         raise RefusedInput([Problem(meeting, message, fix)]) from error
 
 
+def wait_for_all() -> None:
+    """Wait until every rank has come here. Goes over the hosts (gloo), so that no GPU is waited for."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
 def stop() -> None:
     """Leave the process group; does nothing when there is none."""
     if dist.is_initialized():

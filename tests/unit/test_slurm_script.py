@@ -8,7 +8,7 @@ import pytest
 
 from disttrain.config.load import load
 from disttrain.config.problems import RefusedInput
-from disttrain.slurm_script import Job, problems, render, seconds, submit, sweep_problems
+from disttrain.slurm_script import Job, launcher_for, problems, render, seconds, submit, sweep_problems
 from tests.runs.conftest import Workplace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,6 @@ REFUSED = {
     "time": (Job(2, 0, 2, time="1 day"), [], "D-HH:MM:SS"),
     "short": (Job(2, 0, 2, time="9:59"), [], "at least 10 minutes"),
     "resume never": (CPUS, ["checkpoint.resume=never"], "--no-requeue"),
-    "horovod without MPI": (CPUS, ["engine=horovod"], "--launcher mpirun"),
     "batch does not divide": (Job(3, 0, 2), [], "global batch"),
 }
 
@@ -96,6 +95,13 @@ REFUSED = {
 def test_what_would_not_work_is_refused(workplace: Workplace, job: Job, overrides: list[str], said: str) -> None:
     found = problems(load("run.yaml", overrides), job)
     assert any(said in each.message + each.fix for each in found), found
+
+
+def test_each_engine_has_its_launcher(workplace: Workplace) -> None:
+    found = {
+        engine: launcher_for(load("run.yaml", [f"engine={engine}"])) for engine in ("native", "deepspeed", "horovod")
+    }
+    assert found == {"native": "srun", "deepspeed": "srun", "horovod": "mpirun"}
 
 
 def test_good_jobs_are_good(workplace: Workplace) -> None:
