@@ -11,8 +11,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
-from disttrain import checkpoint, data, preflight, report
+from disttrain import checkpoint, data, deepspeed_config, preflight, report
 from disttrain.assembly import Session, assemble
 from disttrain.config.load import dump
 from disttrain.config.problems import Problem, RefusedInput
@@ -20,8 +21,9 @@ from disttrain.config.schema import Config
 from disttrain.header import header
 from disttrain.interruption import Interruption
 from disttrain.launch import RankInfo
-from disttrain.loggers import open_loggers
+from disttrain.loggers import Loggers, open_loggers
 from disttrain.parallel import world
+from disttrain.parallel.collectives import any_rank
 from disttrain.recorder import Recorder
 from disttrain.trainer import restore, train
 
@@ -41,6 +43,7 @@ def run(config: Config, rank: RankInfo, interruption: Interruption, prepared: da
         try:
             reason = _train(session, folder, interruption)
             world.wait_for_all()  # launchers end the ranks that are left once one has ended: rank 0 has reports to write
+            any_rank(True)  # leave together: launchers end the other ranks when one has ended with 130
         finally:
             session.engine.close()
         world.stop()
@@ -56,14 +59,16 @@ def _train(session: Session, folder: Path, interruption: Interruption) -> str:
         return train_from_checkpoint(session, Recorder(session, None), interruption)
     checkpoint.clean(folder / "checkpoints")
     write_atomically(folder / "config.yaml", dump(session.config))
+    if session.config.engine == "deepspeed":
+        theirs = deepspeed_config.translate(session.config, session.rank.world_size)
+        write_atomically(folder / deepspeed_config.FILE, json.dumps(theirs, indent=1))
     began_before = (folder / "metrics.jsonl").exists() and session.config.checkpoint.resume != "never"
     resumed = checkpoint.step_of(start) if start else 0 if began_before else None
-    loggers = open_loggers(session.config, folder, header(session, resumed), resumed)
-    try:
+    with open_loggers(session.config, folder, header(session, resumed), resumed) as loggers:
         reason = train_from_checkpoint(session, Recorder(session, loggers), interruption)
-    finally:
-        loggers.close()
-    show(folder)
+        table = drawn(folder, loggers)  # before the loggers close: sinks take the files of the report along
+    if table is not None:
+        Console().print(table)
     return reason
 
 
@@ -72,16 +77,31 @@ def train_from_checkpoint(session: Session, recorder: Recorder, interruption: In
     return train(session, recorder, interruption, restore(session, recorder))
 
 
+def drawn(folder: Path, loggers: Loggers) -> Table | None:
+    """What `draw` gives, or None and an event: a report that cannot be made does not make the training a failure."""
+    try:
+        return draw(folder)
+    except Exception as error:
+        message = f"the report failed ({type(error).__name__}: {error}); once that is mended: disttrain report {folder}"
+        loggers.event("report_failed", message)
+        return None
+
+
 def show(folder: Path) -> None:
-    """Draw the loss curve of a run, write summary.json and print the summary. Raises RefusedInput for an empty run."""
+    """Make the report of a run and print its table. Raises RefusedInput for an empty run."""
+    Console().print(draw(folder))
+
+
+def draw(folder: Path) -> Table:
+    """Write summary.json of a run, draw its loss curve, return its table. Raises RefusedInput for an empty run."""
     finished = report.read_run(folder)
     if not finished.steps:
         raise RefusedInput([Problem((f"run {folder}",), "no step was recorded yet", "train it for at least one step")])
-    if any(math.isfinite(step["loss"]) for step in finished.steps):
-        report.loss_curve(finished, folder / "loss_curve.png")
     if finished.summary:
         write_atomically(folder / "summary.json", json.dumps(finished.summary, indent=1))
-    Console().print(report.summary_table(finished))
+    if any(math.isfinite(step["loss"]) for step in finished.steps):
+        report.loss_curve(finished, folder / "loss_curve.png")
+    return report.summary_table(finished)
 
 
 @contextmanager

@@ -129,6 +129,6 @@ def _optimizer(config: Config) -> Iterator[Problem]:
 
 
 def _ignored(config: Config) -> Iterator[Problem]:
-    for key in ("log.wandb_project", "log.wandb_mode"):
+    for key in (f"log.{name}" for name in type(config.log).model_fields if name.startswith("wandb_")):
         if given(config, key) and not config.log.wandb:
             yield no_effect(config, key, "log.wandb", "log.wandb=true")

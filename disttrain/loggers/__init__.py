@@ -26,8 +26,8 @@ class Sink(Protocol):
         """Take one record."""
         ...
 
-    def close(self) -> None:
-        """Write out what is left and let go."""
+    def close(self) -> str | None:
+        """Write out what is left and let go; returns a sentence when a person has something to do afterwards."""
         ...
 
 
@@ -80,9 +80,9 @@ class Loggers:
             return
         try:
             while self._sinks:
-                sink = self._sinks.pop()
+                sink = self._sinks.pop(0)  # the console is last and shows what closing the others has to say
                 try:
-                    sink.close()
+                    self._pass_on(sink.name, sink.close())
                 except Exception as error:
                     self._report(sink.name, error)
         finally:
@@ -103,11 +103,17 @@ class Loggers:
 
     def _drop(self, sink: Sink, error: Exception) -> None:
         self._sinks.remove(sink)
+        said = None
         try:
-            sink.close()
+            said = sink.close()
         except Exception as second:
             error.add_note(f"closing it failed as well: {second}")
         self._report(sink.name, error)
+        self._pass_on(sink.name, said)
+
+    def _pass_on(self, name: str, said: str | None) -> None:
+        if said:
+            self.event(name, said)
 
     def _report(self, name: str, error: Exception) -> None:
         reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])

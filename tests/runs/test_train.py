@@ -12,7 +12,6 @@ import yaml
 
 from disttrain.metrics import unknown_keys
 from tests.runs.conftest import Workplace
-from tests.unit.test_loggers_wandb import contents
 
 
 def test_a_run_leaves_the_files_of_the_contract(workplace: Workplace) -> None:
@@ -261,16 +260,3 @@ def test_demo_beats_uniform_and_shows_samples(workplace: Workplace) -> None:
     assert "Kneser-Ney trigram" in done.stdout
     assert "What it writes" in done.stdout
     assert ("beats" if done.returncode == 0 else "does not beat") in done.stdout
-
-
-def test_wandb_is_one_run_from_one_rank_also_after_a_resume(workplace: Workplace) -> None:
-    """Really offline: two ranks, ended and resumed; one id, every step once, the values of metrics.jsonl."""
-    words = ("train", "run.yaml", "--nproc", "2", "log.wandb=true", "log.wandb_mode=offline")
-    workplace.run(*words, "train.steps=6")
-    workplace.run(*words, "train.steps=10")
-    folder = workplace.folder / "runs" / "run"
-    processes = contents(folder)
-    assert [run_id for run_id, *_ in processes] == [(folder / "wandb_id").read_text().strip()] * 2
-    logged = [(step, row["train/loss"]) for _, rows, *_ in processes for step, row in rows if "train/loss" in row]
-    assert logged == [(r["step"], r["loss"]) for r in workplace.records("run", "step")]
-    assert len(logged) == 10

@@ -1,8 +1,8 @@
 """Weights & Biases, really run offline; its own transaction log is read back."""
 
 import json
+import math
 import os
-import struct
 import subprocess
 import sys
 import time
@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.config.checks import validate
+from disttrain.config.load import load
+from disttrain.config.problems import RefusedInput
 from disttrain.loggers import wandb as sink_module
+from tests.offline_wandb import written
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,57 +54,18 @@ def train(folder, first, last, resumed, ranks=2, ends="ends"):
     time.sleep(max(0.0, began + 1.05 - time.time()))
 
 
-def records(path):
-    """Records of a .wandb file: LevelDB's log format (blocks of 32 KiB; crc, length, type) of protobuf messages."""
-    from wandb.proto import wandb_internal_pb2
-
-    content, at, parts = path.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
-        parts += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
-def contents(folder):
-    """(run id, rows by step, config, exit code) of every process, oldest first."""
-    found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        run_id, rows, config, code = None, [], {}, None
-        for record in records(path):
-            kind = record.WhichOneof("record_type")
-            if kind == "run":
-                run_id = record.run.run_id
-            elif kind == "config":
-                config.update({item.key: json.loads(item.value_json) for item in record.config.update})
-            elif kind == "history":
-                items = {"".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-                rows.append((record.history.step.num, {k: v for k, v in items.items() if not k.startswith("_")}))
-            elif kind == "exit":
-                code = record.exit.exit_code
-        found.append((run_id, rows, config, code))
-    return found
-
-
 def test_one_run_with_our_steps_continues_under_its_id_without_a_step_twice(tmp_path):
     train(tmp_path, 1, 5, "new", ends="killed")
     train(tmp_path, 4, 7, 3)  # rolled back to 3: steps 4 and 5 are done again
-    (id_1, rows_1, config_1, code_1), (id_2, rows_2, config_2, code_2) = contents(tmp_path)
+    first, second = written(tmp_path)
     kept = (tmp_path / "wandb_id").read_text().strip()
-    assert id_1 == id_2 == kept and len(kept) == 8
-    assert [step for step, _ in rows_1 + rows_2] == [1, 2, 3, 4, 5, 6, 7]
-    assert rows_1[1] == (2, {"train/loss": 1.5, "eval/eval_loss": 2.0})
-    assert rows_2[0] == (6, {"train/loss": 4 + 1 / 6, "eval/eval_loss": 6.0})
-    assert config_1["model"]["layers"] == 4 and config_1["header"]["world_size"] == 2
-    assert config_2["run"]["name"] == "named"
-    assert (code_1, code_2) == (1, 0)  # without a summary the run is marked as failed
+    assert first.run.run_id == second.run.run_id == kept and len(kept) == 8
+    assert [step for step, _ in first.rows + second.rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert first.rows[1] == (2, {"train/loss": 1.5, "eval/eval_loss": 2.0})
+    assert second.rows[0] == (6, {"train/loss": 4 + 1 / 6, "eval/eval_loss": 6.0})
+    assert first.config["model"]["layers"] == 4 and first.config["header"]["world_size"] == 2
+    assert second.config["run"]["name"] == "named"
+    assert (first.exit_code, second.exit_code) == (1, 0)  # without a summary the run is marked as failed
 
 
 def test_a_key_in_the_environment_is_not_written_anywhere(tmp_path, monkeypatch):
@@ -115,6 +80,87 @@ def test_a_key_in_the_environment_is_not_written_anywhere(tmp_path, monkeypatch)
     for path in files:
         content = path.read_bytes()
         assert secret.encode() not in content and b"xyzzy-0123456789" not in content, path
+
+
+def labelled(folder, log="", **environ):
+    """W&B's record of a short run with these settings and variables."""
+    program = PROGRAM.replace("wandb=True", f"wandb=True, {log}")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "SLURM_"))}
+    words = [str(folder), "1", "1", "new", "1", "ends"]
+    env = {**kept, "WANDB_MODE": "offline", **environ}
+    subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, env=env, check=True, timeout=120)
+    (process,) = written(folder)
+    return process.run
+
+
+def test_settings_label_the_run_and_win_over_variables(tmp_path):
+    ours = "wandb_project='p', wandb_entity='e', wandb_group='g', wandb_tags=['a', 'b'], wandb_notes='n'"
+    run = labelled(tmp_path, ours, WANDB_PROJECT="x", WANDB_ENTITY="x", WANDB_RUN_GROUP="x", WANDB_TAGS="x",
+                   WANDB_NOTES="x", SLURM_ARRAY_JOB_ID="7")  # fmt: skip
+    assert (run.project, run.entity, run.run_group, run.notes, run.display_name) == ("p", "e", "g", "n", "named")
+    assert list(run.tags) == ["a", "b"]
+
+
+def test_variables_of_wandb_hold_where_nothing_is_set(tmp_path):
+    run = labelled(tmp_path, WANDB_PROJECT="p", WANDB_ENTITY="e", WANDB_RUN_GROUP="g", WANDB_TAGS="a,b",
+                   WANDB_NOTES="n", WANDB_NAME="m", WANDB_RUN_ID="mine", SLURM_ARRAY_JOB_ID="7")  # fmt: skip
+    assert (run.project, run.entity, run.run_group, run.notes, run.display_name) == ("p", "e", "g", "n", "m")
+    assert list(run.tags) == ["a", "b"] and run.run_id == "mine"
+
+
+def test_the_tasks_of_a_slurm_array_are_one_group(tmp_path):
+    assert labelled(tmp_path, SLURM_ARRAY_JOB_ID="4242").run_group == "slurm_array_4242"
+
+
+def test_every_setting_of_wandb_is_refused_without_it_and_bad_names_always():
+    given = {"project": "p", "entity": "e", "group": "g", "tags": "[a]", "notes": "n", "mode": "offline"}
+    words = [f"log.wandb_{key}={value}" for key, value in given.items()]
+    problems = validate(load(None, ["train.steps=1", *words]), 1)
+    assert sorted(p.settings[0].split("=")[0] for p in problems) == sorted(f"log.wandb_{key}" for key in given)
+    assert all(p.fix.endswith("log.wandb=true") for p in problems)
+    assert validate(load(None, ["train.steps=1", "log.wandb=true", *words]), 1) == []
+    for bad in ("log.wandb_project=a/b", "log.wandb_group=''", "log.wandb_tags=['']", "log.wandb_tags=a"):
+        with pytest.raises(RefusedInput):
+            load(None, ["log.wandb=true", bad])
+
+
+def test_a_service_that_dies_in_the_middle_is_reported_and_training_goes_on(tmp_path):
+    kill = """
+        if n == 3:
+            import psutil
+            services = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in p.name()]
+            assert services
+            [service.kill() for service in services]
+            psutil.wait_procs(services, timeout=30)
+"""
+    before, middle, after = PROGRAM.partition("        if n % 2 == 0")
+    program = before.rstrip() + kill + middle + after
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), "1", "6", "new", "1", "ends"], cwd=ROOT,
+        env={**kept, "WANDB_MODE": "offline"}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "disttrain: wandb failed and is left out from now on" in done.stderr
+    assert "what was logged is on the disk: wandb sync" in done.stderr
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("step") == 6 and kinds.count("event") == 1 and kinds[-1] in ("summary", "event")
+
+
+def test_numbers_that_are_none_reach_wandb_as_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", PROGRAM.replace("first + 1 / n", "float('nan')"))
+    train(tmp_path, 1, 2, "new")
+    (process,) = written(tmp_path)
+    assert math.isnan(process.rows[0][1]["train/loss"]) and process.exit_code == 0
+
+
+def test_wandb_can_be_switched_off_by_its_own_variable(tmp_path):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), "1", "2", "new", "1", "ends"], cwd=ROOT,
+        env={**kept, "WANDB_MODE": "disabled"}, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert written(tmp_path) == [] and "failed" not in done.stderr and "wandb sync" not in done.stdout
 
 
 def test_the_id_is_made_once_and_an_empty_file_is_no_id(tmp_path):
