@@ -125,7 +125,7 @@ def doctor(
 
         raise typer.Exit(local_ranks.start(nproc, ["doctor"]))
     diagnosis = diagnose()
-    if diagnosis.info is None or diagnosis.info.rank == 0:
+    if diagnosis.is_for_this_rank:
         render(diagnosis, _console())
     raise typer.Exit(1 if diagnosis.problems else 0)
 
