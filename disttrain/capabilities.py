@@ -54,10 +54,10 @@ ENGINES: dict[str, dict[str, tuple | Literal["any", "default"]]] = {
     "horovod": {
         "precision": ANY,
         "run.compile": (False,),
-        "parallel.tensor": (1,),
-        "parallel.sequence": (False,),
+        "parallel.tensor": ANY,
+        "parallel.sequence": ANY,
         "parallel.pipeline": (1,),
-        "parallel.context": (1,),
+        "parallel.context": ANY,
         "parallel.zero": (0,),
         "parallel.replicate": (1,),
         "parallel.offload": (False,),

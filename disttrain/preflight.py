@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from disttrain import checkpoint, costs, data, layout, loggers
+from disttrain.config import horovod_checks
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 from disttrain.config.settings import setting
@@ -24,6 +25,7 @@ def problems(config: Config, world_size: int) -> list[Problem]:
         *layout.problems(config, world_size),
         *own_model(config),
         *_compiler(config),
+        *(horovod_checks.problems(config, world_size) if config.engine == "horovod" else ()),
         *data.preflight(config),
         *loggers.preflight(config),
         *_run_folder(config),

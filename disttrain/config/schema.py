@@ -230,7 +230,25 @@ class CompressionConfig(Section):
 
 
 class HorovodConfig(Section):
-    """How Horovod reduces gradients; for engine horovod only."""
+    """How Horovod reduces gradients; for engine horovod only (docs/horovod.md).
+
+    What is not given keeps Horovod's default, or what horovodrun was told.
+    """
+
+    transport: Literal["auto", "gloo", "mpi"] = "auto"
+    """What carries the gradients; auto takes MPI where it started the ranks and Horovod was built with it, else gloo."""
+    compression: Literal["none", "fp16"] = "none"
+    """Send gradients as they are, or in half the bytes."""
+    adasum: bool = False
+    """Combine the ranks' updates by Adasum (Maleki et al. 2021) in place of a sum: another result by design. Needs MPI."""
+    gradient_predivide: Annotated[float, Field(gt=0)] = 1.0
+    """Divide gradients by this before the sum over the ranks instead of after it, against overflow in fp16."""
+    fusion_threshold_mib: Annotated[float, Field(ge=0)] | None = None
+    """Buffer in which small gradients travel together, MiB; 0 sends each alone. Horovod takes 128 when not given."""
+    cycle_time_ms: Annotated[float, Field(gt=0)] | None = None
+    """How long Horovod collects gradients before it sends them, milliseconds. Horovod takes 1 when not given."""
+    timeline: bool = False
+    """Write what Horovod did when to timeline.json in the run folder, for chrome://tracing."""
 
 
 class CheckpointConfig(Section):

@@ -111,6 +111,10 @@ class Reduction(Protocol):
         """The optimizer's step, on gradients that are complete, unscaled and clipped."""
         ...
 
+    def agree(self) -> None:
+        """Before a checkpoint: make the same on all ranks what differs between them."""
+        ...
+
 
 def build(config: Config, groups: Groups, device: torch.device, precision: Precision) -> ProvenEngine:
     """The engine that the config names; all ranks call it together. `precision` is resolved, never "auto"."""

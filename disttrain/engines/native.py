@@ -216,6 +216,8 @@ class NativeEngine:
 
     def state_dict(self) -> State:
         """Weights and moments by parameter name, each knowing its place in the whole, and the loss scale."""
+        if self._reduction is not None:
+            self._reduction.agree()
         mesh = sharding.state_mesh(self.groups, self.device.type)
         model: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {}
