@@ -13,6 +13,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from disttrain.interruption import SIGNALS
+
 STARTED_BY_US = "DISTTRAIN_LOCAL_RANKS"
 """Process number of the parent, set for ranks that `start` made; they end when it does."""
 
@@ -20,7 +22,7 @@ STARTED_BY_US = "DISTTRAIN_LOCAL_RANKS"
 def start(ranks: int, arguments: Sequence[str]) -> int:
     """Run ``disttrain ARGUMENTS`` on `ranks` local ranks and wait; the exit code to end with.
 
-    Ctrl-C and SIGTERM are passed on to the ranks, which save a checkpoint and end with 130.
+    Ctrl-C, SIGTERM and SIGUSR1 are passed on to the ranks, which save a checkpoint and end with 130.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report is replaced by ours
     os.environ[STARTED_BY_US] = str(os.getpid())
@@ -37,7 +39,7 @@ def start(ranks: int, arguments: Sequence[str]) -> int:
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         signals_to_handle="SIGHUP,SIGQUIT",
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, _pass_on)
     try:
         elastic_launch(launch, sys.executable)("-m", "disttrain", *arguments)

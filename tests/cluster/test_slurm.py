@@ -1,0 +1,123 @@
+"""Shipped and written scripts on a real Slurm of two nodes: the same training, through every kind of end."""
+
+import pytest
+
+from disttrain.checkpoint import damage
+from tests.cluster.conftest import STEPS, Login
+from tests.cluster.slurm import wait_until
+from tests.components import need
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def same_as_one_process(login: Login, name: str, reference: Login) -> None:
+    """Losses of 20 steps within rounding of one process, every step once."""
+    ours, one = login.curve(name), reference.curve("one")
+    assert [row[0] for row in ours] == list(range(1, 21))
+    assert [row[1] for row in ours] == pytest.approx([row[1] for row in one], rel=1e-5)
+
+
+def undisturbed(login: Login, name: str, reference: Login) -> None:
+    """Bit for bit the run on four local ranks."""
+    assert login.curve(name) == reference.curve("four")
+    assert login.evaluations(name) == reference.evaluations("four")
+
+
+@pytest.mark.parametrize("script, launcher", [("train.sbatch", "torchrun"), ("train_srun.sbatch", "srun")])
+def test_two_nodes_train_like_one_process(script: str, launcher: str, login: Login, reference: Login) -> None:
+    login.edit(script, "run.yaml train.steps=20")
+    login.finished(login.submit(script))
+    header = login.records("run", "header")[0]
+    assert (header["launcher"], header["world_size"]) == (launcher, 4)
+    same_as_one_process(login, "run", reference)
+
+
+@pytest.mark.parametrize(
+    "script, engine", [("train_deepspeed.sbatch", "deepspeed"), ("train_horovod.sbatch", "horovod")]
+)
+def test_other_engines_train_like_one_process(script: str, engine: str, login: Login, reference: Login) -> None:
+    need(engine)
+    login.edit(script, f"run.yaml train.steps=20 engine={engine}")
+    login.finished(login.submit(script))
+    same_as_one_process(login, "run", reference)
+
+
+def test_sweep_is_an_array_of_runs(login: Login) -> None:
+    login.edit("sweep.sbatch", "run.yaml train.steps=12")
+    (login.folder / "slurm" / "sweep.txt").write_text("optim.lr=1e-3\noptim.lr=2e-3 run.name=second\n")
+    login.finished(login.submit("sweep.sbatch"), "COMPLETED\nCOMPLETED")
+    for name, rate in (("gpt_tiny-1", 1e-3), ("second", 2e-3)):
+        assert login.records(name, "summary")[-1]["step"] == 12
+        assert login.records(name, "step")[1]["learning_rate"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "train_srun.sbatch", "train_horovod.sbatch"])
+def test_a_warning_saves_and_requeues(script: str, login: Login, reference: Login) -> None:
+    """SIGUSR1 to the batch script, as Slurm sends it before the time limit: checkpoint, queue, exactly on from there."""
+    if script == "train_horovod.sbatch":  # of interest here is how mpirun ends
+        need("mpirun")
+    login.edit(script, "run.yaml")
+    job = login.submit(script)
+    login.wait_for_step("run", 20)
+    login.cluster("scancel", "--batch", "--signal=USR1", job)
+    wait_until(lambda: login.records("run", "summary") != [], 300, login.output)
+    assert login.records("run", "summary")[0]["stop_reason"] == "interrupted"
+    assert (login.folder / "runs/run/loss_curve.png").exists()  # rank 0 had the time to end in order
+    login.finished(job)
+    undisturbed(login, "run", reference)
+    assert login.cluster("scontrol", "show", "job", job).count("Restarts=1") == 1
+
+
+def test_preemption_requeues(login: Login, reference: Login) -> None:
+    """A job of a higher partition takes the nodes: SIGTERM reaches the ranks, and the job comes back afterwards."""
+    login.edit("train_srun.sbatch", "run.yaml")
+    job = login.submit("train_srun.sbatch")
+    login.wait_for_step("run", 20)
+    login.cluster("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--output=/dev/null")
+    wait_until(lambda: login.records("run", "summary") != [], 300, login.output)
+    login.finished(job)
+    undisturbed(login, "run", reference)
+
+
+def test_cancelling_leaves_a_good_checkpoint(login: Login) -> None:
+    login.edit("train_srun.sbatch", "run.yaml")
+    job = login.submit("train_srun.sbatch")
+    login.wait_for_step("run", 20)
+    login.cluster("scancel", job)
+    login.finished(job, "CANCELLED")
+    wait_until(lambda: login.records("run", "summary") != [], 300, login.output)
+    last = login.records("run", "step")[-1]["step"]
+    assert last < STEPS
+    assert damage(login.folder / f"runs/run/checkpoints/step_{last:08d}") is None
+
+
+def test_a_dead_node_is_survived(login: Login, reference: Login) -> None:
+    """The second node is switched off in the middle; with it back, the job goes on from the last checkpoint."""
+    login.edit("train_srun.sbatch", "run.yaml")
+    job = login.submit("train_srun.sbatch")
+    login.wait_for_step("run", 30)
+    login.cluster.kill_node("n2")
+    try:
+        wait_until(lambda: login.cluster.state(job) == "PENDING", 300, login.output)
+    finally:
+        login.cluster.start_node("n2")
+    login.finished(job)
+    undisturbed(login, "run", reference)
+
+
+def test_the_command_submits(login: Login) -> None:
+    words = ["slurm", "run.yaml", "train.steps=12", "--gpus-per-node", "0", "--ranks-per-node", "2", "--time", "15"]
+    done = login.run(*words, "--submit", "--out", "job.sbatch")
+    login.finished(done.stdout.strip())
+    assert len(login.records("run", "step")) == 12
+    assert login.records("run", "header")[0]["world_size"] == 4
+    refused = login.run(*words, "--partition", "none", "--submit", code=2)
+    assert "invalid partition" in refused.stderr
+
+
+def test_a_refused_run_is_not_requeued(login: Login) -> None:
+    login.edit("train_srun.sbatch", "run.yaml train.global_batch_size=7")
+    job = login.submit("train_srun.sbatch", "--nodes=1")
+    login.finished(job, "FAILED")
+    assert "1 problem" in login.output()
+    assert "ExitCode=2:0" in login.cluster("scontrol", "show", "job", job)
