@@ -13,7 +13,7 @@ import torch
 from disttrain import __version__
 from disttrain.assembly import Session
 
-PACKAGES = ("numpy", "tokenizers", "datasets", "transformers", "tensorboard", "wandb")
+PACKAGES = ("numpy", "tokenizers", "datasets", "transformers", "tensorboard", "wandb", "deepspeed", "horovod", "mpi4py")
 
 
 def header(session: Session, resumed_step: int | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from disttrain import capabilities
+from disttrain import capabilities, deepspeed_config
 from disttrain.config.checks import micro_batches, validate
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
@@ -12,7 +12,8 @@ from disttrain.stages import SCHEDULES, schedule_problems, theoretical_bubble, v
 
 def problems(config: Config, world_size: int) -> list[Problem]:
     """Everything wrong with these settings on this many ranks that can be known without looking at files."""
-    return [*validate(config, world_size), *capabilities.missing(config), *_pipeline(config, world_size)]
+    own = (capabilities.missing(config), deepspeed_config.problems(config), _pipeline(config, world_size))
+    return [*validate(config, world_size), *(problem for problems_of in own for problem in problems_of)]
 
 
 def bubble(config: Config, world_size: int) -> float | None:

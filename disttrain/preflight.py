@@ -1,5 +1,6 @@
 """Everything that can be known to be wrong before a process starts or a file is written, at once. No torch."""
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ def problems(config: Config, world_size: int) -> list[Problem]:
         *layout.problems(config, world_size),
         *own_model(config),
         *_compiler(config),
+        *_deepspeed(config),
         *(horovod_checks.problems(config, world_size) if config.engine == "horovod" else ()),
         *data.preflight(config),
         *loggers.preflight(config),
@@ -66,6 +68,13 @@ def _compiler(config: Config) -> list[Problem]:
         return []
     return [Problem(("run.compile=true", "PATH"), "torch.compile needs a C++ compiler and there is none",
                     "install g++, set CXX, or use run.compile=false")]  # fmt: skip
+
+
+def _deepspeed(config: Config) -> list[Problem]:
+    if config.engine != "deepspeed" or importlib.util.find_spec("deepspeed") is not None:
+        return []
+    return [Problem(("engine=deepspeed",), "the package deepspeed is not installed",
+                    "run launchers/install_deepspeed.sh, or use engine=native")]  # fmt: skip
 
 
 def _run_folder(config: Config) -> list[Problem]:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "disttrain"
 LAYERS: list[set[str]] = [
     {"hardware", "launch", "capabilities", "config", "interruption"},
     {"mesh", "costs"},
-    {"stages"},
+    {"stages", "deepspeed_config"},
     {"layout", "memory"},
     {"models", "data", "optim", "precision"},
     {"parallel"},
@@ -34,7 +34,7 @@ SAME_LAYER = {("launch", "config"), ("capabilities", "config"), ("hardware", "co
 """Edges inside a layer; this list may only shrink."""
 
 TORCH_FREE = ["hardware", "launch", "capabilities", "config.load", "config.checks", "config.describe", "mesh", "costs",
-              "stages", "layout", "memory", "data", "preflight", "overview", "loggers", "report",
+              "stages", "deepspeed_config", "layout", "memory", "data", "preflight", "overview", "loggers", "report",
               "slurm_script", "failures", "preparing", "cli"]  # fmt: skip
 
 TOO_LONG: dict[str, int] = {}
