@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from disttrain import checkpoint, data, preflight, report
+from disttrain import checkpoint, data, deepspeed_config, preflight, report
 from disttrain.assembly import Session, assemble
 from disttrain.config.load import dump
 from disttrain.config.problems import Problem, RefusedInput
@@ -57,6 +57,9 @@ def _train(session: Session, folder: Path, interruption: Interruption) -> str:
         return train_from_checkpoint(session, Recorder(session, None), interruption)
     checkpoint.clean(folder / "checkpoints")
     write_atomically(folder / "config.yaml", dump(session.config))
+    if session.config.engine == "deepspeed":
+        theirs = deepspeed_config.translate(session.config, session.rank.world_size)
+        write_atomically(folder / deepspeed_config.FILE, json.dumps(theirs, indent=1))
     began_before = (folder / "metrics.jsonl").exists() and session.config.checkpoint.resume != "never"
     resumed = checkpoint.step_of(start) if start else 0 if began_before else None
     with open_loggers(session.config, folder, header(session, resumed), resumed) as loggers:
