@@ -69,15 +69,18 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
 
+    def ask(self, *command: str) -> str:
+        """What a Slurm command prints; nothing where a busy controller does not answer: ask again."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
+        return done.stdout.strip()
+
     def state_of_nodes(self) -> list[str]:
         """State of each node, as sinfo calls it."""
-        command = ["sinfo", "-h", "-N", "-p", "main", "-o", "%T"]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=30)
-        return done.stdout.split()
+        return self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split()
 
     def state(self, job: str) -> str:
-        """State of a job, as squeue calls it."""
-        return self("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
+        """State of a job, as squeue calls it; a word for each task of an array."""
+        return " ".join(sorted(set(self.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").split())))
 
     def wait(self, job: str, timeout_s: float = 600) -> str:
         """Wait until a job has ended and return its state (`sbatch --wait` looks only every 32 s)."""

@@ -1,5 +1,7 @@
 """Scripts for Slurm without a Slurm: the shipped ones, what the command writes and what it refuses."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +58,20 @@ def test_command_writes_the_shipped_scripts(name: str, options: list[str], tmp_p
     out = tmp_path / "job.sbatch"
     written = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (written.stdout, out.read_text()) == ("", shipped(name))
+
+
+def test_commands_of_the_manual(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "slurm.md").read_text()
+    commands = re.findall(r"^disttrain (slurm .*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        words = [word for word in shlex.split(command) if word != "--submit"]  # submitted in tests/cluster
+        words = [str(tmp_path / word) if word.endswith(".sbatch") else word for word in words]
+        done = subprocess.run([sys.executable, "-m", "disttrain", *words], cwd=ROOT, capture_output=True, text=True,
+                              check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for name in re.findall(r"^\| `(\w+\.sbatch)`", text, flags=re.MULTILINE):
+        assert name in SHIPPED
 
 
 def test_options_reach_the_script() -> None:
