@@ -33,7 +33,7 @@ PRESENT = {
     "mpi4py": (lambda: find_spec("mpi4py") is not None, "pip install mpi4py"),
     "slurm": (lambda: on_path("slurmctld", "slurmd", "munged", "sbatch", "srun"), "apt-get install slurm-wlm munge"),
     "horovod": (built_horovod, "launchers/install_horovod.sh"),
-    "deepspeed": (lambda: find_spec("deepspeed") is not None, "pip install 'disttrain[deepspeed]'"),
+    "deepspeed": (lambda: find_spec("deepspeed") is not None, "launchers/install_deepspeed.sh"),
     "namespaces": (
         lambda: sys.platform == "linux" and os.geteuid() == 0 and on_path("ip"),
         "run as root with iproute2",

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# What the whole suite wants beside the environment, on Debian or Ubuntu as root: a real Slurm, Open MPI and MPICH,
+# DeepSpeed, and Horovod built against the environment's torch (5 to 10 minutes on 2 cores, once).
+#   tests/install.sh        after `make check`, say; then DISTTRAIN_TEST_ALL=1 make test, where nothing is skipped
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHON=$PWD/.venv/bin/python DEBIAN_FRONTEND=noninteractive
+tests/cluster/install.sh
+apt-get install -y -qq --no-install-recommends g++ cmake make openmpi-bin libopenmpi-dev iproute2 numactl libaio-dev
+launchers/install_deepspeed.sh
+launchers/install_horovod.sh
+"$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --prefix .venv/mpich mpich==5.0.1
