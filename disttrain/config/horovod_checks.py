@@ -45,7 +45,7 @@ def installation_problems() -> list[Problem]:
     places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
     if not places:
         return [Problem(("engine=horovod",), "Horovod is not installed", INSTALL)]
-    if not any(place.glob("torch/mpi_lib*.so") for place in places):
+    if not [library for place in places for library in place.glob("torch/mpi_lib*.so")]:
         return [Problem(("engine=horovod",), "Horovod is installed without its native code for torch", INSTALL)]
     try:
         built_for = json.loads((places[0] / "metadata.json").read_text()).get("pytorch")

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from disttrain.config.schema import Config, Precision
 from disttrain.models.layers import LossSum
 from disttrain.parallel.groups import Groups
-from disttrain.parallel.sharding import LocalParameter
+from disttrain.parallel.sharding import Shard
 from disttrain.precision import LossScale
 
 Batch = Mapping[str, np.ndarray]
 State = dict[str, Any]
 Moment = Literal["reduced", "clipped", "updated"]
+Held = Literal["weight", "parameter", "gradient"]
+"""What a rank holds of every parameter: as the optimizer has it, as the model computes with it, and its gradient."""
 
 ENGINES = {
     "native": ("disttrain.engines.native", "NativeEngine"),
@@ -80,16 +82,25 @@ class Engine(Protocol):
 class ProvenEngine(Engine, Protocol):
     """What `disttrain verify` looks at beside: the inside of a step, whole weights and gradients."""
 
-    scale: LossScale
-    parameters: list[LocalParameter]
+    groups: Groups
     watch: Callable[[Moment], None] | None
-    """Called within a step when gradients are complete but still scaled, when clipped, and when updated."""
+    """Called within a step when gradients are complete but still scaled, when clipped (DeepSpeed does not say), and when
+    updated."""
 
-    def gather(self, what: Literal["weight", "gradient"]) -> dict[str, Tensor]:
-        """Whole weights or (scaled) gradients by name on rank 0, {} elsewhere. All ranks call it."""
+    @property
+    def scale(self) -> LossScale:
+        """The loss scale as the next step begins."""
         ...
 
-    def disagreeing(self, what: Literal["weight", "gradient"]) -> list[str]:
+    def held(self, what: Held) -> list[tuple[Shard, Tensor]]:
+        """This rank's part of every weight, of the model's copy of it, or of its (scaled) gradient. All ranks call it."""
+        ...
+
+    def gather(self, what: Held) -> dict[str, Tensor]:
+        """The same whole, by name, on rank 0, {} elsewhere. All ranks call it."""
+        ...
+
+    def disagreeing(self, what: Held) -> list[str]:
         """Names of parameters whose copies differ between ranks, on rank 0, [] elsewhere. All ranks call it."""
         ...
 
@@ -113,6 +124,10 @@ class Reduction(Protocol):
 
     def agree(self) -> None:
         """Before a checkpoint: make the same on all ranks what differs between them."""
+        ...
+
+    def close(self) -> None:
+        """Leave the library's world, together with all ranks; nothing can be reduced after this."""
         ...
 
 

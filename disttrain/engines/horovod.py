@@ -72,6 +72,10 @@ class Summed:
     def agree(self) -> None:
         """Nothing differs between the ranks."""
 
+    def close(self) -> None:
+        """Stop Horovod; a rank that just ends makes the others abort."""
+        self._hvd.shutdown()
+
 
 class Adasum:
     """Every rank steps on its own mean gradient, and the steps are combined by Adasum (Maleki et al. 2021).
@@ -117,6 +121,10 @@ class Adasum:
             if isinstance(value, Tensor) and value.ndim
         ]
         self._reduce(moments, self._hvd.Average)
+
+    def close(self) -> None:
+        """Stop Horovod; a rank that just ends makes the others abort."""
+        self._hvd.shutdown()
 
     def _reduce(self, named: Sequence[tuple[str, Tensor]], op: Any) -> None:
         handles = [self._hvd.allreduce_async_(tensor, name=name, op=op) for name, tensor in named]

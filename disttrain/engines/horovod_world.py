@@ -29,9 +29,13 @@ def start(config: Config, groups: Groups) -> tuple[Any, Any]:
     os.environ.update(horovod_checks.variables(config))
     sets = [hvd.ProcessSet(list(ranks)) for ranks in ranks_along(groups.mesh, ("replicate", "shard", "context"))]
     sets = sets if len(sets) > 1 else []  # one that holds every rank is there already
-    own = launcher == "horovodrun" or _over_mpi(config, launcher, hvd)
-    with nullcontext() if own else _meeting():
-        hvd.init(process_sets=sets)
+    again = hvd.is_initialized()  # a second engine in this process
+    if again and sets:
+        hvd.shutdown()
+    met = launcher == "horovodrun" or _over_mpi(config, launcher, hvd)
+    if not again or sets:
+        with nullcontext() if met and not again else _meeting():
+            hvd.init(process_sets=sets)
     seen, size = (hvd.rank(), hvd.size()), groups.world.size
     if seen != (groups.rank, size):
         hvd.shutdown()

@@ -3,13 +3,13 @@
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from disttrain.config.schema import Config, Precision
-from disttrain.engines import Batch, Moment, Reduction, State, StepResult, objective
+from disttrain.engines import Batch, Held, Moment, Reduction, State, StepResult, objective
 from disttrain.models import Model
 from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
@@ -200,16 +200,21 @@ class NativeEngine:
         """Seconds this rank's stages computed and seconds the schedule took since the last call; None without stages."""
         return None if self._pipeline is None else self._pipeline.bubble()
 
-    def gather(self, what: Literal["weight", "gradient"]) -> dict[str, Tensor]:
-        """Whole weights or (scaled) gradients by name on rank 0, {} elsewhere. All ranks call it; for proofs."""
-        parts = [(p.shard, self._read(p, what)) for p in self.parameters if not p.shard.tied_to]
-        return sharding.gather(parts, self.groups)
+    def held(self, what: Held) -> list[tuple[sharding.Shard, Tensor]]:
+        """This rank's part of every weight, of the model's copy of it, or of its (scaled) gradient. For proofs."""
+        return [(p.shard, self._read(p, what)) for p in self.parameters]
 
-    def disagreeing(self, what: Literal["weight", "gradient"]) -> list[str]:
+    def gather(self, what: Held) -> dict[str, Tensor]:
+        """The same whole, by name, on rank 0, {} elsewhere. All ranks call it; for proofs."""
+        return sharding.gather([(shard, part) for shard, part in self.held(what) if not shard.tied_to], self.groups)
+
+    def disagreeing(self, what: Held) -> list[str]:
         """Names of parameters whose copies differ between ranks, on rank 0, [] elsewhere. All ranks call it."""
-        return sharding.disagreeing([(p.shard, self._read(p, what)) for p in self.parameters], self.groups)
+        return sharding.disagreeing(self.held(what), self.groups)
 
-    def _read(self, p: sharding.LocalParameter, what: Literal["weight", "gradient"]) -> Tensor:
+    def _read(self, p: sharding.LocalParameter, what: Held) -> Tensor:
+        if what == "parameter":
+            return sharding.local(p.parameter.detach())
         if what == "weight":
             return p.master.detach()
         return torch.zeros_like(p.master) if p.gradient is None else p.gradient
@@ -252,6 +257,8 @@ class NativeEngine:
         Otherwise the last reference to the group is the one DDP's reducer holds, which is dropped with the GIL held
         and then joins gloo's threads, one of which may want the GIL: a deadlock at exit, seen in one run of ten.
         """
+        if self._reduction is not None:
+            self._reduction.close()
         self.chunks, self.parameters, self._pipeline = [], [], None
         gc.collect()
 
