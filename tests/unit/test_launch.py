@@ -9,6 +9,7 @@ import pytest
 
 from disttrain.config.problems import RefusedInput
 from disttrain.launch import RankInfo, detect, environment_for_torch, expand_hostlist
+from disttrain.launch.mpi import locate
 
 RECORDINGS = {
     path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("launch_environments/*.json")
@@ -171,6 +172,32 @@ def test_fix_of_a_missing_master_names_the_option_of_the_launcher():
     assert "mpirun -x MASTER_ADDR" in refusal(recorded("openmpi_2_nodes_no_master"))[0].fix
     assert "mpiexec -genv MASTER_ADDR" in refusal(recorded("mpich_2_nodes_no_master"))[0].fix
     assert detect(recorded("mpich_2_nodes_no_master", MASTER_ADDR="node0")).world_size == 4
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_mpi_is_not_asked_where_variables_tell_all(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # importing it would fail
+    for process in ACCEPTED[name]["processes"]:
+        assert locate(process["environment"]) == detect(process["environment"])
+
+
+@pytest.mark.parametrize("name", ["openmpi_2_nodes_no_master", "mpich_2_nodes_no_master", "mpich_gforker_2"])
+def test_mpi_is_asked_where_the_launcher_does_not_tell(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(RefusedInput) as caught:
+        locate(recorded(name))
+    (problem,) = caught.value.problems
+    assert "pip install mpi4py, or set MASTER_ADDR" in problem.fix
+    assert f"launcher {name.split('_')[0]}" in problem.settings
+
+
+@pytest.mark.parametrize(
+    "changes, message", [({"WORLD_SIZE": "1"}, "rank 0 of 1"), ({"MASTER_ADDR": "localhost"}, "itself")]
+)
+def test_contradictions_are_told_before_mpi_is_started(changes, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(RefusedInput, match=message):
+        locate(recorded("openmpi_2_nodes_no_master", **changes))
 
 
 @pytest.mark.parametrize(
