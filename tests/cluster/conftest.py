@@ -56,7 +56,7 @@ class Login(Workplace):
 
     def output(self) -> str:
         """What all jobs printed."""
-        return "\n".join(path.read_text(errors="replace")[-4000:] for path in self.folder.glob("*.log"))
+        return "\n".join(path.read_text(errors="replace")[-20000:] for path in self.folder.glob("*.log"))
 
     def wait_for_step(self, name: str, step: int) -> None:
         """Wait until a run has recorded a step."""

@@ -18,9 +18,16 @@ def same_as_one_process(login: Login, name: str, reference: Login) -> None:
 
 
 def undisturbed(login: Login, name: str, reference: Login) -> None:
-    """Bit for bit the run on four local ranks."""
-    assert login.curve(name) == reference.curve("four")
-    assert login.evaluations(name) == reference.evaluations("four")
+    """The run on four local ranks: every step once, in the same state, to 1e-6.
+
+    Not bit for bit: with four ranks a restart changes the order in which gradients are added, seen without Slurm too.
+    """
+    ours, other = login.curve(name), reference.curve("four")
+    assert [(row[0], *row[3:]) for row in ours] == [(row[0], *row[3:]) for row in other]
+    assert [row[1] for row in ours] == pytest.approx([row[1] for row in other], rel=1e-6)
+    evaluated, expected = login.evaluations(name), reference.evaluations("four")
+    assert [step for step, _ in evaluated] == [step for step, _ in expected]
+    assert [loss for _, loss in evaluated] == pytest.approx([loss for _, loss in expected], rel=1e-6)
 
 
 @pytest.mark.parametrize("script, launcher", [("train.sbatch", "torchrun"), ("train_srun.sbatch", "srun")])
@@ -62,8 +69,8 @@ def test_a_warning_saves_and_requeues(script: str, login: Login, reference: Logi
     login.cluster("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: login.records("run", "summary") != [], 300, login.output)
     assert login.records("run", "summary")[0]["stop_reason"] == "interrupted"
-    assert (login.folder / "runs/run/loss_curve.png").exists()  # rank 0 had the time to end in order
     login.finished(job)
+    assert "stopped at once" not in login.output()  # no launcher ends rank 0 while it writes its report
     undisturbed(login, "run", reference)
     assert login.cluster("scontrol", "show", "job", job).count("Restarts=1") == 1
 
