@@ -2,6 +2,8 @@
 
 import importlib.util
 import platform
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +19,13 @@ OPTIONAL = {
     "transformers": "pip install 'disttrain[hf]'",
 }
 """Packages that disttrain uses where they are installed, and how to install them."""
+
+
+_PARTS_OF_HOROVOD = """
+import horovod.torch as hvd
+for name, built in (("mpi", hvd.mpi_built()), ("gloo", hvd.gloo_built()), ("nccl", hvd.nccl_built())):
+    print(name if built else "")
+"""
 
 
 def versions(with_gpus: bool) -> dict[str, str]:
@@ -50,12 +59,9 @@ def horovod_built() -> tuple[str, ...]:
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     if not any(True for folder in folders for _ in folder.glob("torch/mpi_lib*.so")):
         return ()
-    try:
-        import horovod.torch as hvd  # pyright: ignore[reportMissingImports]
-    except (ImportError, OSError):  # built for another torch, or its libmpi is gone
-        return ()
-    parts = {"mpi": hvd.mpi_built(), "gloo": hvd.gloo_built(), "nccl": hvd.nccl_built()}
-    return tuple(name for name, built in parts.items() if built)
+    # Elsewhere: Horovod asks MPI on its import, which ends a process where MPI has ended already.
+    probe = subprocess.run([sys.executable, "-c", _PARTS_OF_HOROVOD], capture_output=True, text=True, timeout=120)
+    return tuple(probe.stdout.split()) if probe.returncode == 0 else ()  # built for another torch, or libmpi is gone
 
 
 def mpi_library() -> str:

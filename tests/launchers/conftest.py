@@ -101,6 +101,7 @@ class Place(Workplace):
         """Run it to the end."""
         done = subprocess.run(command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True, check=False, timeout=500)  # fmt: skip
+        done.stdout = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)  # colours, where mpirun gives the ranks a terminal
         assert code is None or done.returncode == code, done.stdout
         return done
 

@@ -152,7 +152,7 @@ def test_two_hosts_without_master_addr(place: Place, hosts: Hosts, local_curve: 
     assert [(info["node_rank"], info["nodes"], info["local_rank"]) for info in told] == [(0, 2, 0), (1, 2, 0)]
     assert {info["master_address"] for info in told} == {hosts.addresses[0]}
     said = place.launched([*start, "-m", "disttrain", "doctor"], environment).stdout
-    assert "launcher openmpi: world of" in said and f"eth0 {hosts.addresses[1]}" in said
+    assert "launcher openmpi: world of 2 on 2 nodes" in said and f"eth0 {hosts.addresses[1]}" in said, said
     place.launched([*start, "-m", "disttrain", "train", "run.yaml", *SMALL, "run.name=two_hosts"], environment)
     assert place.curve("two_hosts") == local_curve
     fooled = {**environment, "MASTER_ADDR": "127.0.0.1"}
