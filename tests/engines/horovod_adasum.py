@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from disttrain import engines
+from disttrain.config.load import with_values
 from disttrain.launch import detect
 from disttrain.mesh import build_mesh
+from disttrain.optim import build_optimizer
 from disttrain.parallel import world
 from disttrain.parallel.collectives import Traffic, gather_objects
 from disttrain.parallel.groups import make_groups
@@ -20,7 +22,8 @@ from disttrain.verify.batches import micro_batches
 from tests.parallel.test_data_parallel import config_for, global_batch
 
 CONFIG = config_for("gpt", **{"engine": "horovod", "horovod.adasum": True, "train.micro_batch_size": 2,
-                              "train.clip_grad_norm": None, "optim.weight_decay": 0.0})  # fmt: skip
+                              "train.clip_grad_norm": None, "optim.weight_decay": 0.0,
+                              "horovod.fusion_threshold_mib": 0.0})  # fmt: skip
 
 
 def make():
@@ -42,8 +45,17 @@ def adasum(a: Tensor, b: Tensor) -> Tensor:
     return (1 - dot / (2 * a.square().sum())) * a + (1 - dot / (2 * b.square().sum())) * b
 
 
+def steps_alone(before: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What AdamW, at its start, does to these weights with these gradients."""
+    parameters = {name: nn.Parameter(weight.clone()) for name, weight in before.items()}
+    for name, parameter in parameters.items():
+        parameter.grad = gradients[name]
+    build_optimizer(with_values(CONFIG.optim, {"lr": 0.01}), parameters.items()).step()  # pyright: ignore
+    return {name: parameter.detach() - before[name] for name, parameter in parameters.items()}
+
+
 def formula() -> dict:
-    """The largest error of the first update, which from AdamW's zero moments is lr * g / (|g| + epsilon)."""
+    """How far the first update is from Adasum of what both ranks would have done alone, and from their mean."""
     engine, own = make(), {}
 
     def keep(moment: str) -> None:
@@ -53,16 +65,15 @@ def formula() -> dict:
     before = weights(engine)
     engine.watch = keep
     norm = float(step(engine, 0).grad_norm)
-    both = [
-        {n: torch.tensor(v) for n, v in each.items()}
-        for each in gather_objects({n: g.tolist() for n, g in own.items()})
-    ]
+    gathered = gather_objects({name: gradient.tolist() for name, gradient in own.items()})
+    both = [{n: torch.tensor(v, dtype=torch.float64) for n, v in each.items()} for each in gathered]
     squares = [sum(float(g.square().sum()) for g in each.values()) for each in both]
+    alone = [steps_alone(before, each) for each in both]
     error, plain = 0.0, 0.0
     for name, after in weights(engine).items():
-        updates = [-0.01 * g / (g.abs() + CONFIG.optim.epsilon) for g in (each[name] for each in both)]
-        error = max(error, float((after - before[name] - adasum(*updates)).abs().max()))
-        plain = max(plain, float((after - before[name] - sum(updates) / 2).abs().max()))
+        a, b = (each[name] for each in alone)
+        error = max(error, float((after - before[name] - adasum(a, b)).abs().max()))
+        plain = max(plain, float((after - before[name] - (a + b) / 2).abs().max()))
     return {"error": error, "from_the_mean": plain, "norm": norm, "norm_of_ranks": (sum(squares) / 2) ** 0.5,
             "apart": engine.disagreeing("weight"), "traffic": engine.traffic()}  # fmt: skip
 
