@@ -50,8 +50,10 @@ def test_exit_codes(place: Place, name: str) -> None:
     assert (refused.returncode, failed.returncode) == (expected["refused"], expected["failed"]), failed.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    "name, number",
+    [*((name, signal.SIGINT) for name in LAUNCHERS), ("torchrun", signal.SIGTERM), ("openmpi", signal.SIGTERM)],
+)
 def test_an_interruption_leaves_a_checkpoint(place: Place, name: str, number: signal.Signals) -> None:
     command, environment = place.script(name)
     run = f"{name}_{number.name}"
