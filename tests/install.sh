@@ -9,4 +9,4 @@ tests/cluster/install.sh
 apt-get install -y -qq --no-install-recommends g++ cmake make openmpi-bin libopenmpi-dev iproute2 numactl libaio-dev
 launchers/install_deepspeed.sh
 launchers/install_horovod.sh
-"$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --prefix .venv/mpich mpich==5.0.1
+"$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --prefix .venv/mpich mpich==5.0.2

@@ -8,11 +8,12 @@ import gc
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, Precision
 from disttrain.deepspeed_config import translate
-from disttrain.engines import Batch, Moment, State, StepResult, deepspeed_state, objective
+from disttrain.engines import Batch, Held, Moment, State, StepResult, deepspeed_state, objective
 from disttrain.engines.deepspeed_traffic import count_traffic
 from disttrain.models import Model
 from disttrain.models.layers import LossSum
@@ -62,7 +63,7 @@ class DeepSpeedEngine:
         self.engine = self._initialize()
 
     def _initialize(self) -> Any:
-        deepspeed = quiet_deepspeed()
+        deepspeed = quiet_deepspeed(self.device.type)
         named = [(shard.name, parameter) for shard, parameter in self.parameters]
         optimizer = build_optimizer(self.config.optim, named)
         for group in optimizer.param_groups:
@@ -157,7 +158,7 @@ class DeepSpeedEngine:
     def bubble(self) -> None:
         """There is no pipeline."""
 
-    def held(self, what: Literal["weight", "parameter", "gradient"]) -> list[tuple[sharding.Shard, Tensor]]:
+    def held(self, what: Held) -> list[tuple[sharding.Shard, Tensor]]:
         """Every whole weight, the model's copy of it, or (scaled, summed) gradient. All ranks call it."""
         if what == "gradient":
             found = [(shard, deepspeed_state.gradient(self.engine, p)) for shard, p in self.parameters]
@@ -165,11 +166,11 @@ class DeepSpeedEngine:
         read = deepspeed_state.weight if what == "weight" else deepspeed_state.working_copy
         return [(shard, read(self.engine, p).float()) for shard, p in self.parameters]
 
-    def gather(self, what: Literal["weight", "parameter", "gradient"]) -> dict[str, Tensor]:
+    def gather(self, what: Held) -> dict[str, Tensor]:
         """The same by name on rank 0, {} elsewhere. All ranks call it."""
         return sharding.gather(self.held(what), self.groups)
 
-    def disagreeing(self, what: Literal["weight", "parameter", "gradient"]) -> list[str]:
+    def disagreeing(self, what: Held) -> list[str]:
         """Names of parameters that differ between ranks, on rank 0, [] elsewhere. All ranks call it."""
         return sharding.disagreeing(self.held(what), self.groups)
 
@@ -198,9 +199,13 @@ class DeepSpeedEngine:
         gc.collect()
 
 
-def quiet_deepspeed() -> Any:
+def quiet_deepspeed(device_type: str) -> Any:
     """The deepspeed module, which then only warns; it uses the process group that is there and compiles nothing."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says on every rank that it found no GPU
+    warnings.filterwarnings(
+        "ignore", "`torch.distributed.*is deprecated", FutureWarning
+    )  # names of torch's that it uses
     with _no_linker_errors():
         deepspeed: Any = import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -10,7 +10,7 @@ from disttrain.verify.layouts import Layout
 from disttrain.verify.plan import HUNG, OVERFLOW, SAVED
 
 AXES = ("tensor", "sequence", "pipeline", "context", "data", "zero", "replicate", "recompute", "micro_batch",
-        "offload", "compile")  # fmt: skip
+        "offload", "compile", "engine")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def axes_of(layout: Layout) -> list[str]:
         "context": layout.context > 1, "data": layout.data > 1, "zero": layout.zero > 0,
         "replicate": layout.replicate > 1, "recompute": layout.recompute != "none",
         "micro_batch": layout.micro_batch is not None, "offload": layout.offload, "compile": layout.compile,
+        "engine": layout.engine != "native",
     }  # fmt: skip
     return [axis for axis in AXES if there[axis]]
 

@@ -113,7 +113,7 @@ def reductions(layout: Layout) -> Iterator[Layout]:
     if layout.pipeline > 1 and layout.schedule != "1f1b":
         yield replace(layout, schedule="1f1b", virtual_stages=None)
     plain = {"replicate": 1, "sequence": False, "offload": False, "recompute": "none", "compile": False,
-             "micro_batch": None}  # fmt: skip
+             "micro_batch": None, "engine": "native"}  # fmt: skip
     for name, value in plain.items():
         if getattr(layout, name) != value:
             yield replace(layout, **{name: value})

@@ -12,7 +12,7 @@ from typing import Any
 from disttrain import layout as rules
 from disttrain.config.load import nearest
 from disttrain.config.problems import Problem, RefusedInput
-from disttrain.config.schema import Config, ParallelConfig
+from disttrain.config.schema import Config, HorovodConfig, ParallelConfig
 
 
 @dataclass(frozen=True, order=True)
@@ -34,6 +34,7 @@ class Layout:
     micro_batch: int | None = None
     """Sequences of one forward pass; None takes a data rank's whole share at once."""
     compile: bool = False
+    engine: str = "native"
 
     @property
     def data(self) -> int:
@@ -56,6 +57,7 @@ class Layout:
             self.recompute: self.recompute != "none",
             f"mb{self.micro_batch}": self.micro_batch is not None,
             "compile": self.compile,
+            self.engine: self.engine != "native",
         }
         return f"{'.'.join(word for word, there in words.items() if there) or 'single'} on {self.world}"
 
@@ -70,7 +72,12 @@ class Layout:
         train = config.train.model_copy(update={"micro_batch_size": self.micro_batch})
         run = config.run.model_copy(update={"compile": self.compile})
         parallel = ParallelConfig.model_validate(values)
-        return config.model_copy(update={"parallel": parallel, "train": train, "run": run})
+        theirs = {
+            name: value for name, value in (("deepspeed", {}), ("horovod", HorovodConfig())) if name != self.engine
+        }
+        return config.model_copy(
+            update={"parallel": parallel, "train": train, "run": run, "engine": self.engine, **theirs}
+        )
 
     def problems(self, config: Config) -> list[Problem]:
         """Why this config cannot be trained under this layout; nothing when it can."""
@@ -94,10 +101,11 @@ _WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(full|selective)", ("recompute",)),
     (r"mb(\d+)", ("micro_batch",)),
     (r"compile", ("compile",)),
+    (r"(deepspeed|horovod)", ("engine",)),
     (r"single", ()),
 )
 _EXAMPLES = ("tp2", "sp", "pp2-1f1b", "cp2-ring", "dp2", "zero2", "rep2", "offload", "full", "selective", "mb1",
-             "compile", "single")  # fmt: skip
+             "compile", "deepspeed", "horovod", "single")  # fmt: skip
 
 
 def parse(text: str) -> Layout:

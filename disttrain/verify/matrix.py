@@ -22,13 +22,25 @@ SMALL = (
 """Each feature once, and four combinations on 8 ranks. Those that a model does not allow are left out."""
 
 
+OTHER_ENGINES = {
+    "deepspeed": (
+        "dp2.mb4.deepspeed on 2", "dp2.zero1.mb4.deepspeed on 2", "dp2.zero2.full.mb2.deepspeed on 2",
+        "dp2.zero3.deepspeed on 2", "dp2.zero3.offload.mb2.deepspeed on 2", "dp4.zero2.mb1.deepspeed on 4",
+        "dp4.zero1.offload.selective.deepspeed on 4",
+    ),
+    "horovod": ("dp2.horovod on 2", "dp2.full.mb4.horovod on 2", "dp4.selective.mb1.horovod on 4"),
+}  # fmt: skip
+"""What is verified, small or full, where the config names an engine that only knows data parallelism."""
+
+
 FEW, MANY = (2, 1), (4, 8, 16)
 """Micro-batches of a step: what is usual, and what some schedules need. Each takes all of a step's messages again."""
 
 
 def small_matrix(config: Config, max_world: int = MAX_WORLD) -> list[Layout]:
     """About a dozen and a half layouts: each feature once, and combinations on 8 ranks, as far as they are legal."""
-    return [x for x in map(parse, SMALL) if x.world <= max_world and not x.problems(config)]
+    names = OTHER_ENGINES.get(config.engine, SMALL)
+    return [x for x in map(parse, names) if x.world <= max_world and not x.problems(config)]
 
 
 def full_matrix(config: Config, max_world: int = MAX_WORLD) -> list[Layout]:
@@ -37,6 +49,8 @@ def full_matrix(config: Config, max_world: int = MAX_WORLD) -> list[Layout]:
     What changes no message between ranks (recomputation, micro-batch, offload) is not multiplied with these but goes
     round, each combination taking the next variant that is legal for it.
     """
+    if config.engine != "native":
+        return small_matrix(config, max_world)
     layouts = []
     for base in _combinations(max_world):
         variants = list(_variants(config, base, FEW))

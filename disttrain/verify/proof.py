@@ -50,6 +50,8 @@ class Proof:
     precision: Precision = "fp64"
     plant: Plant | None = None
     """A fault planted in every layout, never in the reference (tests)."""
+    overflows: bool = True
+    """Whether step 2 overflows; DeepSpeed keeps its gradients to itself, so nobody can make them infinite."""
     timeout_s: float | None = None
     """Seconds a layout may take; from the reference's time when not given."""
     _references: dict[str, tuple[Config, Reference, Tolerance]] = field(default_factory=dict)
@@ -99,10 +101,10 @@ class Proof:
         exact = with_values(config, {"precision": "fp64"})
         free = Layout().applied(with_values(exact, {"train.clip_grad_norm": None}))
         folder = self.folder / key[:12]
-        (probe,) = run_ranks(record, 1, free, "fp64", self.batches, folder, timeout_s=3600)
+        (probe,) = run_ranks(record, 1, free, "fp64", self.batches, folder, self.overflows, timeout_s=3600)
         chosen = {"train.clip_grad_norm": clip_threshold(probe)}
         config, exact = with_values(config, chosen), Layout().applied(with_values(exact, chosen))
-        (reference,) = run_ranks(record, 1, exact, "fp64", self.batches, folder, timeout_s=3600)
+        (reference,) = run_ranks(record, 1, exact, "fp64", self.batches, folder, self.overflows, timeout_s=3600)
         if self.precision == "fp64":
             return config, reference, Exactly()
         errors: dict[Key, float] = {}
@@ -137,8 +139,8 @@ class Proof:
         patience += COMPILING_S if layout.compile else 0.0
         try:
             return run_ranks(
-                compare, layout.world, applied, self.precision, self.batches, reference, folder, tolerance, plant,
-                until, timeout_s=patience,
+                compare, layout.world, applied, self.precision, self.batches, reference, folder, tolerance,
+                self.overflows, plant, until, timeout_s=patience,
             )[0]  # fmt: skip
         finally:
             shutil.rmtree(folder, ignore_errors=True)

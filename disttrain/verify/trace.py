@@ -1,6 +1,7 @@
 """What one run does, step by step, on one process or under a layout: recorded once, compared ever after.
 
-Four optimizer steps. In step 2 one element of one gradient of the last rank becomes infinite: all ranks must skip it and
+Four optimizer steps. In step 2, where the engine can be made to overflow, one element of one gradient of the last rank
+becomes infinite: all ranks must skip it and
 halve the loss scale. After step 3 come an evaluation and a checkpoint. Step 4 is done three times: straight on, by a
 fresh engine from the layout's own checkpoint, and by one from the checkpoint that one process wrote.
 """
@@ -23,12 +24,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from disttrain import checkpoint, engines
 from disttrain.config.schema import Config, Precision
-from disttrain.engines import ProvenEngine
+from disttrain.engines.native import NativeEngine
 from disttrain.mesh import build_mesh
 from disttrain.models import model_class
 from disttrain.parallel.collectives import Traffic, gather_objects
 from disttrain.parallel.groups import Groups, make_groups
-from disttrain.parallel.sharding import gather, local
 from disttrain.precision import LossScale
 from disttrain.verify.batches import Batches, micro_batches
 from disttrain.verify.compare import PHASES, SMALL_TENSOR, Difference, Ledger, place_of
@@ -56,10 +56,12 @@ class Comparison:
 Plant = Callable[[], None]
 
 
-def record(rank: int, config: Config, precision: Precision, batches: Batches, folder: Path) -> Reference:
+def record(
+    rank: int, config: Config, precision: Precision, batches: Batches, folder: Path, overflows: bool
+) -> Reference:
     """The reference: run it as the only rank of a world. Its checkpoint goes below `folder`."""
     started = time.monotonic()
-    observed = _Observed(_groups(rank, config), config, precision, batches, SCALE)
+    observed = _Observed(_groups(rank, config), config, precision, batches, overflows)
     reference = Reference(observed.tied, observed.weights())
     for step in range(1, STEPS + 1):
         trace = observed.step(step)
@@ -75,7 +77,7 @@ def record(rank: int, config: Config, precision: Precision, batches: Batches, fo
 
 def compare(
     rank: int, config: Config, precision: Precision, batches: Batches, reference: Reference, folder: Path,
-    tolerance: Tolerance, plant: Plant | None = None, until: tuple[str, int] | None = None,
+    tolerance: Tolerance, overflows: bool, plant: Plant | None = None, until: tuple[str, int] | None = None,
 ) -> Comparison:  # fmt: skip
     """One rank of a layout, compared with the reference as it goes; only rank 0's result counts.
 
@@ -88,7 +90,7 @@ def compare(
     ledger = Ledger(tolerance)
     if until is None or until[0] == "run":  # which may happen anywhere
         until = PHASES[-1], STEPS
-    for done in _compare(rank, config, precision, batches, reference, folder, ledger):
+    for done in _compare(rank, config, precision, batches, reference, folder, ledger, overflows):
         if any(gather_objects(bool(ledger.failures))) or place_of(*done) >= place_of(*until):
             break
     return Comparison(ledger.worst, ledger.failures, ledger.errors, time.monotonic() - started)
@@ -96,17 +98,17 @@ def compare(
 
 def _compare(
     rank: int, config: Config, precision: Precision, batches: Batches, reference: Reference, folder: Path,
-    ledger: Ledger,
+    ledger: Ledger, overflows: bool,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
     """Compare one thing after the other; yields the phase and step that are done, when it may be stopped."""
     groups = _groups(rank, config)
     following = expectation(config, precision, reference)
-    with closing(_Observed(groups, config, precision, batches, SCALE)) as observed:
+    with closing(_Observed(groups, config, precision, batches, overflows)) as observed:
         path = yield from _compare_training(ledger, observed, reference, following, folder)
     for ledger.label, source in (("resume", path), ("reshard", reference.checkpoint)):
         if rank == 0:
             following = following.resumed() if ledger.label == "resume" else following.resharded()
-        with closing(_Observed(groups, config, precision, batches, None)) as observed:
+        with closing(_Observed(groups, config, precision, batches, False)) as observed:
             observed.load(source)
             weights = observed.weights()
             if rank == 0:
@@ -180,14 +182,13 @@ def _groups(rank: int, config: Config) -> Groups:
 class _Observed:
     """One rank's engine, watched."""
 
-    def __init__(
-        self, groups: Groups, config: Config, precision: Precision, batches: Batches, scale: LossScale | None
-    ) -> None:
+    def __init__(self, groups: Groups, config: Config, precision: Precision, batches: Batches, overflows: bool) -> None:
         self.config, self.batches, self.groups = config, batches, groups
         self.share = (groups.mesh.data_rank(groups.rank), groups.mesh.data_ranks, config.train.micro_batch_size)
         self.engine = engines.build(config, self.groups, torch.device("cpu"), precision)
-        if scale is not None:
-            self.engine.scale = scale
+        self._overflowing = self.engine if isinstance(self.engine, NativeEngine) and overflows else None
+        if self._overflowing is not None:
+            self._overflowing.scale = SCALE
         self.engine.watch = self._watch
         self.tied: dict[str, str] = dict(model_class(config.model).tied)
         self._step = 0
@@ -197,8 +198,7 @@ class _Observed:
 
     def weights(self) -> dict[str, Tensor]:
         """Whole weights on rank 0, as the model has them: an optimizer could hold others."""
-        held = [(p.shard, local(p.parameter.detach())) for p in self.engine.parameters if not p.shard.tied_to]
-        return {name: tensor.clone() for name, tensor in gather(held, self.groups).items()}
+        return {name: tensor.clone() for name, tensor in self.engine.gather("parameter").items()}
 
     def step(self, step: int) -> StepTrace:
         """One optimizer step, with everything that can be seen of it."""
@@ -233,13 +233,8 @@ class _Observed:
         dist.broadcast_object_list(named)
         if not named[0]:
             return {}
-        mine = [
-            (p.shard.tied_to or p.shard.name, str(p.shard.slices), p.master if what == "weight" else p.gradient)
-            for p in self.engine.parameters
-        ]
-        held = [
-            (name, place, part.detach().numpy()) for name, place, part in mine if part is not None and name in named[0]
-        ]
+        mine = [(shard.tied_to or shard.name, str(shard.slices), part) for shard, part in self.engine.held(what)]
+        held = [(name, place, part.detach().numpy()) for name, place, part in mine if name in named[0]]
         everything = gather_objects(held)
         largest = max((float(tensor.abs().max()) for tensor in whole.values()), default=0.0)
         first: dict[tuple[str, str], Any] = {}
@@ -281,11 +276,12 @@ class _Observed:
         gathered = self.engine.gather("gradient")
         self._gradients = {name: tensor / self.engine.scale.value for name, tensor in gathered.items()}
         self._apart = self.apart("gradient", gathered)
-        if self._step == OVERFLOW and self.groups.rank == self.groups.world.size - 1:
-            overflow(self.engine)
+        last = self.groups.rank == self.groups.world.size - 1
+        if self._overflowing is not None and self._step == OVERFLOW and last:
+            overflow(self._overflowing)
 
 
-def overflow(engine: ProvenEngine) -> None:
+def overflow(engine: NativeEngine) -> None:
     """Make one element of one gradient of this rank infinite."""
     for parameter in engine.parameters:
         if parameter.gradient is not None and parameter.gradient.numel():

@@ -45,6 +45,9 @@ def run(
     the caller). `command` starts the line that says how to rerun one layout. Raises RefusedInput for a layout that is
     none, or not legal for this config, for a model that does not fit, and for a certificate of something else.
     """
+    if precision == "fp64" and (config.engine if layouts is None else layouts).count("deepspeed"):
+        raise RefusedInput([Problem(("engine=deepspeed", "--precision fp64"), "DeepSpeed does not compute in float64",
+                                    "add --precision own, with precision=fp32 in the config")])  # fmt: skip
     torch.set_num_threads(1)  # a fork must not find other threads at work
     for name in IMPORTED_BEFORE_FORKS:
         import_module(name)
@@ -55,7 +58,18 @@ def run(
     batches = from_data(proof, corpus, STEPS) if corpus else synthetic(proof, STEPS)
     chosen_layouts = chosen_for(proof, layouts, matrix)
     path = out or preflight.run_folder(config) / "verify.json"
-    return prove(config, Proof(proof, batches, chosen), chosen_layouts, path, command, console or Console(), resume)
+    overflows = all(layout.engine != "deepspeed" for layout in chosen_layouts)
+    if not overflows:
+        import_module("disttrain.engines.deepspeed").quiet_deepspeed("cpu")  # slow as well
+    return prove(
+        config,
+        Proof(proof, batches, chosen, overflows=overflows),
+        chosen_layouts,
+        path,
+        command,
+        console or Console(),
+        resume,
+    )
 
 
 def chosen_for(proof: Config, layouts: str | None, matrix: Literal["small", "full"]) -> list[Layout]:

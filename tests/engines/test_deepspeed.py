@@ -29,7 +29,7 @@ STEPS = 5
 def imported() -> None:
     """Ranks are forked, and need not import it again."""
     need("deepspeed")
-    quiet_deepspeed()
+    quiet_deepspeed("cpu")
 
 
 def make(config: Config, rank: int, world: int) -> Any:
