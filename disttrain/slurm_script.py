@@ -176,12 +176,12 @@ trap 'asked=yes; kill -USR1 "$ranks"' USR1
 
 START: dict[Launcher, str] = {
     "srun": """\
-srun --kill-on-bad-exit=0 --wait=300 <python> -m disttrain train "${CONFIG[@]}" &
+srun --kill-on-bad-exit=0 --wait=600 <python> -m disttrain train "${CONFIG[@]}" &
 """,
     "torchrun": """\
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((15000 + (SLURM_JOB_ID + 7919 * SLURM_RESTART_COUNT) % 14000))
-srun --kill-on-bad-exit=0 --wait=300 bash -c '
+srun --kill-on-bad-exit=0 --wait=600 bash -c '
     trap "" USR1  # which is for the ranks; they undo this
     exec "$0" -m torch.distributed.run --node-rank "$SLURM_NODEID" "$@"' \\
     <python> --nnodes "$SLURM_NNODES" --nproc-per-node <ranks> --master-addr "$HEAD" --master-port "$PORT" \\
@@ -193,7 +193,11 @@ export MASTER_ADDR
 mpirun --bind-to none <python> -m disttrain train "${CONFIG[@]}" &
 """,
 }
-"""How each launcher starts the ranks in the background; a rank that ends first leaves the others five minutes."""
+"""How each launcher starts the ranks in the background.
+
+A rank that ends first leaves the others ten minutes: rank 0 may have reports to write, and Slurm needs SlurmdTimeout (300 s
+by default) to notice a dead node, before which srun must not give up.
+"""
 
 WAIT = """\
 ranks=$!
@@ -203,9 +207,9 @@ while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; code=$?; done  # the signa
 
 REQUEUE = """\
 
-# Asked to end, preempted, or short of a node: the job starts again from its newest checkpoint, once it has nodes.
-if [ "$code" -ne 0 ] && { [ "$asked" ] || scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]' ||
-    ! srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true; }; then
+# Asked to end, or preempted: the job starts again from its newest checkpoint. After a node's death Slurm does it itself.
+if [ "$code" -ne 0 ] &&
+    { [ "$asked" ] || scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 """
