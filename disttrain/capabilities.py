@@ -91,3 +91,19 @@ def _refused(config: Config, key: str, accepted: tuple | Literal["any", "default
     fix = f"use {key}={' or '.join(str(v).lower() if isinstance(v, bool) else str(v) for v in accepted)}"
     message = f"engine {config.engine} cannot do {setting(config, key)}"
     return Problem((f"engine={config.engine}", setting(config, key)), message, fix)
+
+
+def table() -> str:
+    """What each engine can combine, as Markdown: the table of docs/engines.md and the README."""
+    head = ["setting", *ENGINES]
+    lines = [head, ["---"] * len(head)]
+    for key in dict.fromkeys(key for row in ENGINES.values() for key in row):
+        lines.append([f"`{key}`", *(_cell(row.get(key, ANY)) for row in ENGINES.values())])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _cell(accepted: tuple | Literal["any", "default"]) -> str:
+    if isinstance(accepted, str):
+        return {ANY: "any", DEFAULT: "-"}[accepted]
+    names = [str(value).lower() if isinstance(value, bool) else str(value) for value in accepted if value != {}]
+    return ", ".join(names) or "-"

@@ -165,7 +165,7 @@ CONTRADICTIONS: list[tuple[str, list[str], int, list[str], str]] = [
      ["parallel.pipeline=2", "model.layers=4", "parallel.schedule=interleaved_1f1b", "train.global_batch_size=5",
       "train.micro_batch_size=1"], 2, ["parallel.schedule=interleaved_1f1b", "parallel.pipeline=2"], "multiple of 2"),
     ("codec", ["compression.codec=topk"], 1, ["compression.codec=topk"], "compression.codec=none"),
-    ("ZeRO under horovod", ["engine=horovod", "parallel.zero=1"], 2, ["engine=horovod", "parallel.zero=1"], "parallel.zero=0"),
+    ("ZeRO under horovod", ["engine=horovod", "parallel.zero=1"], 2, ["engine=horovod", "parallel.zero=1"], "zero=0"),
     ("fp64 under deepspeed", ["engine=deepspeed", "precision=fp64"], 1, ["engine=deepspeed", "precision=fp64"], "fp32"),
     ("deepspeed's settings elsewhere", ["deepspeed={zero_optimization: {overlap_comm: true}}"], 1,
      ["engine=native", "deepspeed.zero_optimization"], "engine=deepspeed"),
