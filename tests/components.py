@@ -31,7 +31,7 @@ PRESENT = {
     "mpirun": (lambda: on_path("mpirun.openmpi"), "apt-get install openmpi-bin"),
     "mpich": (lambda: (MPICH / "bin" / "mpiexec").exists(), f"pip install --no-deps --prefix {MPICH} mpich"),
     "mpi4py": (lambda: find_spec("mpi4py") is not None, "pip install mpi4py"),
-    "slurm": (lambda: on_path("slurmctld", "slurmd", "munged", "sbatch", "srun"), "apt-get install slurm-wlm munge"),
+    "slurm": (lambda: on_path("slurmctld", "slurmd", "munged", "sbatch", "srun"), "tests/cluster/install.sh"),
     "horovod": (built_horovod, "launchers/install_horovod.sh"),
     "deepspeed": (lambda: find_spec("deepspeed") is not None, "launchers/install_deepspeed.sh"),
     "namespaces": (
