@@ -17,7 +17,8 @@ MPICH = BIN.parent / "mpich"
 
 def on_path(*commands: str) -> bool:
     """Whether all these commands are there."""
-    return all(shutil.which(command) for command in commands)
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    return all(shutil.which(command, path=path) for command in commands)
 
 
 def built_horovod() -> bool:
