@@ -61,6 +61,7 @@ class DeepSpeedEngine:
         self.model = chunk.model
         self.parameters = [(p.shard, p.parameter) for p in chunk.parameters]
         self.engine = self._initialize()
+        self._grow_in_time()
 
     def _initialize(self) -> Any:
         deepspeed = quiet_deepspeed(self.device.type)
@@ -85,12 +86,17 @@ class DeepSpeedEngine:
         scaler = self._scaler
         if scaler is None:
             return LossScale(1.0, 0, 1.0)
-        good = (scaler.cur_iter - 1 - scaler.last_overflow_iter) % scaler.scale_window
+        good = (scaler.cur_iter - 2 - scaler.last_overflow_iter) % scaler.scale_window
         return LossScale(float(scaler.cur_scale), scaler.scale_window, float(scaler.min_scale), good)
 
     @property
     def _scaler(self) -> Any:
         return self.engine.optimizer.loss_scaler if self.precision == "fp16" else None
+
+    def _grow_in_time(self) -> None:
+        """Let DeepSpeed's scaler, which doubles one good step too late, believe that the last overflow was one earlier."""
+        if self._scaler is not None:
+            self._scaler.last_overflow_iter -= 1
 
     def step(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches; see `Engine.step`."""
@@ -106,6 +112,8 @@ class DeepSpeedEngine:
         norm = self._norm() if self.config.parallel.zero == 0 else None
         self._update()
         skipped = self.engine.skipped_steps > skips
+        if skipped:
+            self._grow_in_time()
         self._tell("updated")
         if norm is None:
             found = float("inf") if skipped else self.engine.get_global_grad_norm()
@@ -190,7 +198,7 @@ class DeepSpeedEngine:
         scaler, scale = self._scaler, LossScale(**state["engine"]["loss_scale"])
         if scaler is not None and scale.dynamic:
             scaler.cur_scale = scale.value
-            scaler.last_overflow_iter = scaler.cur_iter - 1 - scale.good_steps
+            scaler.last_overflow_iter = scaler.cur_iter - 2 - scale.good_steps
 
     def close(self) -> None:
         """Let go of the engine while the process group still lives."""
