@@ -2,6 +2,7 @@
 # TORCH_ARGS: further words for installing torch, for example --index-url and the address of torch's CPU builds.
 PYTHON ?= python3
 TORCH_ARGS ?=
+TEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -12,7 +13,7 @@ demo: $(READY)
 	$(BIN)/disttrain demo configs/gpt_tiny.yaml --nproc 2
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check disttrain tests benchmarks
