@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disttrain.engines import native
+from disttrain.engines import objective
 from disttrain.parallel import context, parallelize, ring
 from tests.verify.mutants.mutant import Mutant, after, in_backward, needs, replace
 
@@ -28,7 +28,7 @@ def positions_by_rank() -> None:
         count = len(batch["positions"])
         return {**batch, "positions": torch.arange(count) + group.rank * count}
 
-    after(native, "split_batch", contiguous)
+    after(objective, "split_batch", contiguous)
 
 
 def own_block_only() -> None:
@@ -80,7 +80,7 @@ def next_sentence_everywhere() -> None:
 
         return changed
 
-    replace(native, "split_batch", make)
+    replace(objective, "split_batch", make)
 
 
 def local_key_positions() -> None:

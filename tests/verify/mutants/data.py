@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disttrain.engines import native
+from disttrain.engines import objective
 from disttrain.engines.native import NativeEngine
 from disttrain.models.dropout import Dropout
 from disttrain.models.layers import LossSum
@@ -124,7 +124,7 @@ def same_masks_on_all_ranks() -> None:
 
         return local
 
-    replace(native, "at_site", make)
+    replace(objective, "at_site", make)
 
 
 def counted_by_every_rank() -> None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from disttrain import checkpoint
-from disttrain.engines import native
+from disttrain.engines import native, objective
 from disttrain.engines.native import NativeEngine
 from disttrain.models import GPT
 from disttrain.parallel import gradients
@@ -142,7 +142,7 @@ def evaluation_not_summed() -> None:
     def make(reduce: Any) -> Any:
         return lambda group, tensor, *args: tensor if tensor.ndim == 2 else reduce(group, tensor, *args)
 
-    replace(native, "reduce_over", make)
+    replace(objective, "reduce_over", make)
 
 
 def smoothed_evaluation() -> None:
