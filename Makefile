@@ -1,4 +1,5 @@
-# make demo: train a small GPT on real text and show what it learned.   make test: the whole test suite.
+# make demo: train a small GPT on real text and show what it learned.   make test: the tests that need Python alone.
+# make test-real: the tests under real launchers, Slurm, DeepSpeed and Horovod, which it installs (Debian or Ubuntu, root).
 # TORCH_ARGS: further words for installing torch, for example --index-url and the address of torch's CPU builds.
 PYTHON ?= python3
 TORCH_ARGS ?=
@@ -7,13 +8,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench verify verify-bert golden clean
+REAL := tests/cluster tests/launchers tests/engines
+
+.PHONY: demo test test-real check bench verify verify-bert golden clean
 
 demo: $(READY)
 	$(BIN)/disttrain demo configs/gpt_tiny.yaml --nproc 2
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(REAL)) $(TEST_ARGS)
+
+test-real: $(READY)
+	tests/install.sh
+	DISTTRAIN_TEST_ALL=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(REAL) $(TEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check disttrain tests benchmarks

@@ -1,8 +1,9 @@
 """Checkpoints: distributed (torch DCP), atomic, checked by size and checksum, the newest good one found by itself.
 
-A checkpoint is the folder ``checkpoints/step_00000100``: the shards that DCP wrote, ``trainer.json`` (position of the
-run), and ``manifest.json`` with the size and CRC-32 of every other file. It is written as ``step_00000100.writing``
-and renamed when every file is on disk, so that a folder with the final name is whole unless it was damaged later.
+A checkpoint is the folder ``checkpoints/step_00000100``: safetensors files that DCP wrote, each rank's own, with the
+place of every shard in its tensor; ``trainer.json`` (position of the run); and ``manifest.json`` with the size and
+CRC-32 of every other file. It is written as ``step_00000100.writing`` and renamed when every file is on disk, so that
+a folder with the final name is whole unless it was damaged later. Nothing in it is a pickle (decision 0006).
 """
 
 import json
@@ -13,10 +14,16 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = re.compile(r"^step_(\d{8})$")
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
+FORMAT = 2
+FILE_BYTES = 1 << 30
+"""About how much of a rank's tensors one file holds: what writing it takes beside the tensors themselves."""
 
 
 class CheckpointFailed(RuntimeError):
@@ -30,31 +37,24 @@ def save(folder: Path, step: int, tensors: dict[str, Any], trainer: dict[str, An
     """
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-
-    from disttrain.parallel.collectives import gather_objects
 
     final = folder / f"step_{step:08d}"
     writing = final.with_name(final.name + ".writing")
     first = dist.get_rank() == 0
 
     def attempt(action: Callable[[], Any]) -> list[Any]:
-        """What the action gave on every rank; all ranks raise together if it failed on one."""
         try:
-            outcome = action()
-        except (Exception, dcp.api.CheckpointException) as error:  # CheckpointException is no Exception
-            outcome = CheckpointFailed(f"the checkpoint of step {step} could not be written: {_root_cause(error)}")
-        outcomes = gather_objects(outcome)
-        failures = [o for o in outcomes if isinstance(o, CheckpointFailed)]
-        if failures:
+            return _together(action, f"the checkpoint of step {step} could not be written")
+        except CheckpointFailed:
             if first:
                 shutil.rmtree(writing, ignore_errors=True)
-            raise failures[0]
-        return outcomes
+            raise
 
     attempt(lambda: _make_empty(writing) if first else None)
-    attempt(lambda: dcp.save(tensors, storage_writer=FileSystemWriter(writing, single_file_per_rank=True)) and None)
-    checksums = attempt(lambda: _checksums(writing, f"__{dist.get_rank()}_"))
+    sizes = attempt(lambda: _sizes(tensors))
+    writer = dcp.HuggingFaceStorageWriter(str(writing), _file_of_each(sizes), save_distributed=True)
+    attempt(lambda: dcp.save(tensors, storage_writer=writer) and None)
+    checksums = attempt(lambda: _checksums(writing, f"shard-{dist.get_rank() + 1:05d}-"))
     attempt(lambda: _finish(writing, final, trainer, checksums) if first else None)
     attempt(lambda: prune(folder, keep) if first else None)
     return final
@@ -65,18 +65,24 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
 
     Raises CheckpointFailed where the checkpoint does not fit the model.
     """
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    alone = not dist.is_initialized()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone on purpose
-            dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=alone)
-    except (Exception, dcp.api.CheckpointException) as error:
-        raise CheckpointFailed(f"{path} could not be loaded: {_root_cause(error)}") from error
+    _together(lambda: _read_into(tensors, path), f"{path} could not be loaded")
     return json.loads((path / TRAINER).read_text())
+
+
+def read(path: Path) -> "dict[str, Tensor]":
+    """Every tensor of a checkpoint, whole, by name; this process alone reads it."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    _read_into(tensors, path)
+    return tensors
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
@@ -105,6 +111,8 @@ def damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files: dict[str, list[int]] = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"it has format {manifest['format']}, and this version reads format {FORMAT}"
         json.loads((path / TRAINER).read_text())
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
@@ -134,6 +142,55 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
+def _together(action: Callable[[], Any], failed: str) -> list[Any]:
+    """What the action gave on every rank; all ranks raise CheckpointFailed together if it failed on one."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    from disttrain.parallel.collectives import gather_objects
+
+    try:
+        outcome = action()
+    except (Exception, dcp.api.CheckpointException) as error:  # CheckpointException is no Exception
+        outcome = CheckpointFailed(f"{failed}: {_root_cause(error)}")
+    outcomes = gather_objects(outcome) if dist.is_initialized() else [outcome]
+    if failures := [o for o in outcomes if isinstance(o, CheckpointFailed)]:
+        raise failures[0]
+    return outcomes
+
+
+def _read_into(tensors: dict[str, Any], path: Path) -> None:
+    """Each rank by itself: its plan needs nobody else's, and the files that it opens tell all."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+def _sizes(tensors: dict[str, Any], prefix: str = "") -> dict[str, int]:
+    """Bytes of this rank's part of each tensor, by the name that DCP gives it."""
+    from disttrain.parallel.sharding import local
+
+    found: dict[str, int] = {}
+    for name, value in tensors.items():
+        found |= _sizes(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: local(value).nbytes}
+    return found
+
+
+def _file_of_each(sizes: list[dict[str, int]]) -> dict[str, int]:
+    """In which of its files, from 1, a rank writes a tensor: the same on all ranks, each file about FILE_BYTES."""
+    largest: dict[str, int] = {}
+    for of_rank in sizes:
+        for name, size in of_rank.items():
+            largest[name] = max(largest.get(name, 0), size)
+    before, files = 0, {}
+    for name, size in largest.items():
+        files[name] = 1 + before // FILE_BYTES
+        before += size
+    return files
+
+
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -142,9 +199,8 @@ def _make_empty(folder: Path) -> None:
 def _finish(writing: Path, final: Path, trainer: dict[str, Any], checksums: list[dict[str, list[int]]]) -> None:
     files = {name: check for rank in checksums for name, check in rank.items()}
     _write(writing / TRAINER, json.dumps(trainer, indent=1))
-    for name in (TRAINER, ".metadata"):
-        files |= _checksums(writing, name)
-    _write(writing / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
+    files |= _checksums(writing, TRAINER)
+    _write(writing / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
     _sync_folder(writing)
     if final.exists():  # the same step again, after a resume from an older checkpoint
         shutil.rmtree(final)

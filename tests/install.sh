@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What the whole suite wants beside the environment, on Debian or Ubuntu as root: a real Slurm, Open MPI and MPICH,
+# What `make test-real` wants beside the environment, on Debian or Ubuntu as root: a real Slurm, Open MPI and MPICH,
 # DeepSpeed, and Horovod built against the environment's torch (5 to 10 minutes on 2 cores, once).
-#   tests/install.sh        after `make check`, say; then DISTTRAIN_TEST_ALL=1 make test, where nothing is skipped
+# `make test-real` calls it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=$PWD/.venv/bin/python DEBIAN_FRONTEND=noninteractive

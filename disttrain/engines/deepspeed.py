@@ -170,7 +170,7 @@ class DeepSpeedEngine:
         """Every whole weight, the model's copy of it, or (scaled, summed) gradient. All ranks call it."""
         if what == "gradient":
             found = [(shard, deepspeed_state.gradient(self.engine, p)) for shard, p in self.parameters]
-            return [(shard, g.float()) for shard, g in found if g is not None]
+            return [(s, torch.zeros(s.shape) if g is None else g.float()) for s, g in found]
         read = deepspeed_state.weight if what == "weight" else deepspeed_state.working_copy
         return [(shard, read(self.engine, p).float()) for shard, p in self.parameters]
 

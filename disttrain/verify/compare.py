@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +16,8 @@ PHASES = ("run", "initial_weights", "counts", "forward", "gradients", "grad_norm
 """Phases of a step and of what follows training, causes before effects.
 
 run: the layout raises or does not finish. replicas: copies of weights that must be equal on several ranks. checkpoint:
-what the layout wrote, read by one process. resume: a fresh engine goes on from it. reshard: a fresh engine goes on from
-the checkpoint of one process.
+what the layout wrote, read by one process. resume: a fresh engine goes on from it. reshard: that engine goes on from the
+checkpoint of one process.
 """
 
 SMALL_TENSOR = 1e-3
@@ -91,10 +92,12 @@ class Ledger:
             whole = [torch.cat([tensors[name].double().flatten() for name in expected]) for tensors in (ours, expected)]
             ours, expected = {"all parameters": whole[0]}, {"all parameters": whole[1]}
         largest = max((self._size(t.detach().double()) for t in expected.values() if t.numel()), default=0.0)
+        alike = {n: (ours[n], t) for n, t in expected.items() if n in ours and t.numel() and ours[n].shape == t.shape}
+        detailed = self._detailed(phase, step, self._errors(alike, largest))
         for name, value in expected.items():
-            if name in ours:
+            if name in detailed or (name in ours and name not in alike):
                 self._add(self._compare(ours[name], value, largest), phase, step, name, note)
-            elif name not in tied:
+            elif name not in ours and name not in tied:
                 self._add(NOTHING, phase, step, name, "it is missing")
         for name in ours.keys() - expected.keys():
             source = expected.get(tied.get(name, ""))
@@ -121,6 +124,35 @@ class Ledger:
         error = math.inf if math.isnan(error) else error
         note = "its copies differ between ranks" if error else ""
         self._add((error, math.nan, math.nan, None), phase, step, name, note)
+
+    def _errors(self, pairs: Mapping[str, tuple[Tensor, Tensor]], largest: float) -> dict[str, float]:
+        """The error of each tensor, of all at once: there are many small ones."""
+        if not pairs:
+            return {}
+        ours, expected = (
+            np.concatenate([pair[i].detach().double().flatten().numpy() for pair in pairs.values()]) for i in (0, 1)
+        )
+        sizes = np.array([pair[0].numel() for pair in pairs.values()])
+        starts = np.cumsum(sizes) - sizes
+
+        def size(values: np.ndarray) -> np.ndarray:
+            if self.tolerance.by_element:
+                return np.maximum.reduceat(abs(values), starts)
+            return np.sqrt(np.add.reduceat(values**2, starts) / sizes)
+
+        with np.errstate(invalid="ignore"):  # infinities of an overflow
+            errors = size(ours - expected) / (size(expected) + SMALL_TENSOR * largest + 1e-30)
+        return dict(zip(pairs, np.where(np.isnan(errors), math.inf, errors).tolist(), strict=True))
+
+    def _detailed(self, phase: str, step: int, errors: Mapping[str, float]) -> set[str]:
+        """Enter errors; which of them want to be told in detail: the worst of them and all that fail."""
+        kind = self._kind(phase)
+        bounds = {name: self.tolerance.bound(kind, step, name) for name in errors}
+        for name, error in errors.items():
+            key = (kind, step, name)
+            self.errors[key] = max(self.errors.get(key, 0.0), error)
+        worst = max(errors, key=lambda name: errors[name] / (bounds[name] or 1e-300), default=None)
+        return {name for name, error in errors.items() if name == worst or not error <= bounds[name]}
 
     def _add(self, found: Found, phase: str, step: int, name: str, note: str) -> None:
         error, ours, expected, ratio = found

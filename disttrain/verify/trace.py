@@ -3,24 +3,21 @@
 Four optimizer steps. In step 2, where the engine can be made to overflow, one element of one gradient of the last rank
 becomes infinite: all ranks must skip it and
 halve the loss scale. After step 3 come an evaluation and a checkpoint. Step 4 is done three times: straight on, by a
-fresh engine from the layout's own checkpoint, and by one from the checkpoint that one process wrote.
+fresh engine from the layout's own checkpoint, and by that one again from the checkpoint that one process wrote.
 """
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from disttrain import checkpoint, engines
 from disttrain.config.schema import Config, Precision
@@ -31,8 +28,9 @@ from disttrain.parallel.collectives import Traffic, gather_objects
 from disttrain.parallel.groups import Groups, make_groups
 from disttrain.precision import LossScale
 from disttrain.verify.batches import Batches, micro_batches
-from disttrain.verify.compare import PHASES, SMALL_TENSOR, Difference, Ledger, place_of
+from disttrain.verify.compare import PHASES, Difference, Ledger, place_of
 from disttrain.verify.expectation import Following, expectation
+from disttrain.verify.gathering import Brought, Gathering, agreed
 from disttrain.verify.plan import OVERFLOW, SAVED, STEPS, rate
 from disttrain.verify.records import RankView, Reference, StepTrace
 from disttrain.verify.tolerance import Key, Tolerance
@@ -62,14 +60,14 @@ def record(
     """The reference: run it as the only rank of a world. Its checkpoint goes below `folder`."""
     started = time.monotonic()
     observed = _Observed(_groups(rank, config), config, precision, batches, overflows)
-    reference = Reference(observed.tied, observed.weights())
+    reference = Reference(observed.tied, observed.weights()[0])
     for step in range(1, STEPS + 1):
         trace = observed.step(step)
         reference.steps.append(trace)
         if step == SAVED:
             reference.evaluation = observed.evaluate()
             reference.checkpoint = observed.save(folder)
-            reference.files = _read(reference.checkpoint)
+            reference.files = checkpoint.read(reference.checkpoint)
     observed.close()
     reference.seconds = time.monotonic() - started
     return reference
@@ -90,28 +88,28 @@ def compare(
     ledger = Ledger(tolerance)
     if until is None or until[0] == "run":  # which may happen anywhere
         until = PHASES[-1], STEPS
-    for done in _compare(rank, config, precision, batches, reference, folder, ledger, overflows):
-        if any(gather_objects(bool(ledger.failures))) or place_of(*done) >= place_of(*until):
+    groups = _groups(rank, config)
+    for done in _compare(groups, config, precision, batches, reference, folder, ledger, overflows):
+        if agreed(bool(ledger.failures), groups) or place_of(*done) >= place_of(*until):
             break
     return Comparison(ledger.worst, ledger.failures, ledger.errors, time.monotonic() - started)
 
 
 def _compare(
-    rank: int, config: Config, precision: Precision, batches: Batches, reference: Reference, folder: Path,
+    groups: Groups, config: Config, precision: Precision, batches: Batches, reference: Reference, folder: Path,
     ledger: Ledger, overflows: bool,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
     """Compare one thing after the other; yields the phase and step that are done, when it may be stopped."""
-    groups = _groups(rank, config)
     following = expectation(config, precision, reference)
     with closing(_Observed(groups, config, precision, batches, overflows)) as observed:
         path = yield from _compare_training(ledger, observed, reference, following, folder)
-    for ledger.label, source in (("resume", path), ("reshard", reference.checkpoint)):
-        if rank == 0:
-            following = following.resumed() if ledger.label == "resume" else following.resharded()
-        with closing(_Observed(groups, config, precision, batches, False)) as observed:
+    with closing(_Observed(groups, config, precision, batches, False)) as observed:
+        for ledger.label, source in (("resume", path), ("reshard", reference.checkpoint)):
+            if groups.rank == 0:
+                following = following.resumed() if ledger.label == "resume" else following.resharded()
             observed.load(source)
-            weights = observed.weights()
-            if rank == 0:
+            weights, _ = observed.weights()
+            if groups.rank == 0:
                 ledger.tensors("weights", SAVED, weights, following.weights, reference.tied, "as loaded")
             _compare_step(ledger, observed, following, STEPS)
             yield ledger.label, STEPS
@@ -122,8 +120,7 @@ def _compare_training(
 ) -> Generator[tuple[str, int], None, Path]:
     """From the initial weights to the last step; gives the checkpoint that was written on the way."""
     rank, path = observed.groups.rank, folder
-    initial = observed.weights()
-    apart = observed.apart("weight", initial)
+    initial, apart = observed.weights()
     if rank == 0:
         ledger.tensors("initial_weights", 0, initial, reference.initial, reference.tied)
         following.start(initial)
@@ -192,17 +189,18 @@ class _Observed:
         self.engine.watch = self._watch
         self.tied: dict[str, str] = dict(model_class(config.model).tied)
         self._step = 0
-        self._gradients: dict[str, Tensor] = {}
-        self._clipped: dict[str, Tensor] = {}
-        self._apart: dict[str, float] = {}
+        self._gathering = Gathering(self.engine.held("weight"), groups)
+        self._seen: dict[str, np.ndarray] = {}
+        self._scale = 1.0
 
-    def weights(self) -> dict[str, Tensor]:
-        """Whole weights on rank 0, as the model has them: an optimizer could hold others."""
-        return {name: tensor.clone() for name, tensor in self.engine.gather("parameter").items()}
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Whole weights on rank 0, as the model has them: an optimizer could hold others; and how far copies are apart."""
+        brought = self._bring(None, {}, {})
+        return brought.whole.get("weight", {}), brought.apart["weight"]
 
     def step(self, step: int) -> StepTrace:
         """One optimizer step, with everything that can be seen of it."""
-        self._step, self._gradients, self._clipped = step, {}, {}
+        self._step, self._seen = step, {}
         mine = micro_batches(self.batches.train[step - 1], *self.share)
         result = self.engine.step(mine, step, rate(self.config, step))
         after = self.engine.scale
@@ -218,32 +216,22 @@ class _Observed:
                 "good_steps": after.good_steps,
             },
         )
-        ranks = gather_objects(view)
-        weights = self.weights()
-        apart = {"gradient": self._apart, "weight": self.apart("weight", weights)}
-        clipped = {} if result.skipped else self._clipped
-        return StepTrace(step, ranks, self._gradients, clipped, weights, apart)
+        if result.skipped:
+            self._seen.pop("clipped", None)
+        brought = self._bring(view, self._seen, {"gradient": self._seen["gradient"]})
+        scaled = brought.whole.get("gradient", {})
+        gradients = {name: tensor / self._scale for name, tensor in scaled.items()}
+        whole = brought.whole
+        return StepTrace(
+            step, brought.said, gradients, whole.get("clipped", {}), whole.get("weight", {}), brought.apart
+        )
 
-    def apart(self, what: Literal["gradient", "weight"], whole: dict[str, Tensor]) -> dict[str, float]:
-        """How far the copies of each parameter are apart, on rank 0; {} elsewhere, and where all are equal to the bit.
-
-        They are added up in the same order on ranks with equal shards only: an uneven vocabulary leaves rounding errors.
-        """
-        named: list = [self.engine.disagreeing(what)]
-        dist.broadcast_object_list(named)
-        if not named[0]:
-            return {}
-        mine = [(shard.tied_to or shard.name, str(shard.slices), part) for shard, part in self.engine.held(what)]
-        held = [(name, place, part.detach().numpy()) for name, place, part in mine if name in named[0]]
-        everything = gather_objects(held)
-        largest = max((float(tensor.abs().max()) for tensor in whole.values()), default=0.0)
-        first: dict[tuple[str, str], Any] = {}
-        found: dict[str, float] = {}
-        for name, place, part in (entry for of_rank in everything for entry in of_rank):
-            one = first.setdefault((name, place), part)
-            size = float(abs(one).max()) + SMALL_TENSOR * largest + 1e-30
-            found[name] = max(found.get(name, 0.0), float(abs(part - one).max()) / size)
-        return found if self.groups.rank == 0 else {}
+    def _bring(self, said: Any, values: dict[str, np.ndarray], copies: dict[str, np.ndarray]) -> Brought:
+        """With the weights as they are now."""
+        flat, held = self._gathering.flat, self.engine.held
+        return self._gathering.bring(
+            said, values | {"weight": flat(held("parameter"))}, copies | {"weight": flat(held("weight"))}
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Means of every objective and score over the held-out batch."""
@@ -269,13 +257,12 @@ class _Observed:
         self.engine.close()
 
     def _watch(self, moment: str) -> None:
-        if moment == "clipped":
-            self._clipped = {name: tensor.clone() for name, tensor in self.engine.gather("gradient").items()}
+        if moment in ("reduced", "clipped"):
+            kind = "gradient" if moment == "reduced" else moment
+            self._seen[kind] = self._gathering.flat(self.engine.held("gradient"))
         if moment != "reduced":
             return
-        gathered = self.engine.gather("gradient")
-        self._gradients = {name: tensor / self.engine.scale.value for name, tensor in gathered.items()}
-        self._apart = self.apart("gradient", gathered)
+        self._scale = self.engine.scale.value
         last = self.groups.rank == self.groups.world.size - 1
         if self._overflowing is not None and self._step == OVERFLOW and last:
             overflow(self._overflowing)
@@ -298,7 +285,7 @@ def _compare_copies(ledger: Ledger, phase: str, step: int, apart: dict[str, floa
 
 def _compare_files(ledger: Ledger, ours: Path, wanted: dict[str, Tensor]) -> None:
     """Every tensor of a checkpoint, model and optimizer, as one process reads it."""
-    written = _read(ours)
+    written = checkpoint.read(ours)
     for kind in sorted({_kind(name) for name in written.keys() | wanted.keys()}):
         ours_of, theirs_of = ({n: t for n, t in f.items() if _kind(n) == kind} for f in (written, wanted))
         ledger.tensors("checkpoint", SAVED, ours_of, theirs_of, {})
@@ -307,17 +294,3 @@ def _compare_files(ledger: Ledger, ours: Path, wanted: dict[str, Tensor]) -> Non
 def _kind(name: str) -> str:
     """Weights, or one of the optimizer's moments: tensors of one size."""
     return "weight" if name.startswith("model.") else name.rsplit(".", 1)[-1]
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    reader = FileSystemReader(path)
-    entries = reader.read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone on purpose
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors

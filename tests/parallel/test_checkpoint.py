@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from disttrain import checkpoint
 from disttrain.checkpoint import CheckpointFailed
@@ -90,11 +89,16 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def rewrite_format(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 DAMAGES = {
-    "bit flip": (lambda p: flip_a_bit(p / "__0_0.distcp"), "another checksum"),
-    "truncated": (lambda p: os.truncate(p / "__0_0.distcp", 100), "has 100 bytes"),
-    "missing shard": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
-    "missing metadata": (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
+    "bit flip": (lambda p: flip_a_bit(p / SHARD), "another checksum"),
+    "truncated": (lambda p: os.truncate(p / SHARD, 100), "has 100 bytes"),
+    "missing shard": (lambda p: (p / SHARD).unlink(), f"{SHARD} is missing"),
+    "old format": (lambda p: rewrite_format(p / "manifest.json"), "it has format 1"),
     "missing manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
     "broken manifest": (lambda p: (p / "manifest.json").write_text("{"), "unreadable"),
     "missing trainer": (lambda p: (p / "trainer.json").unlink(), "trainer.json is missing"),
@@ -158,7 +162,7 @@ def test_trainer_part_is_plain_json(saved: Path) -> None:
 
 
 def test_tied_weights_are_stored_once(saved: Path) -> None:
-    names = FileSystemReader(saved / "step_00000001").read_metadata().state_dict_metadata
+    names = checkpoint.read(saved / "step_00000001")
     assert "model.embed.tokens.weight" in names
     assert not [name for name in names if "head.decoder" in name]
 
