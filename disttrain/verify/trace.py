@@ -1,9 +1,9 @@
 """What one run does, step by step, on one process or under a layout: recorded once, compared ever after.
 
 Four optimizer steps. In step 2, where the engine can be made to overflow, one element of one gradient of the last rank
-becomes infinite: all ranks must skip it and
-halve the loss scale. After step 3 come an evaluation and a checkpoint. Step 4 is done three times: straight on, by a
-fresh engine from the layout's own checkpoint, and by that one again from the checkpoint that one process wrote.
+becomes infinite: all ranks must skip it and halve the loss scale. After step 3 come an evaluation and a checkpoint. Step
+4 is done three times: straight on, by a fresh engine from the layout's own checkpoint, and by that one again from the
+checkpoint that one process wrote.
 """
 
 import math
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint  # noqa: F401  here, so that not every forked rank loads it again
 from torch import Tensor
 
 from disttrain import checkpoint, engines
@@ -216,15 +217,11 @@ class _Observed:
                 "good_steps": after.good_steps,
             },
         )
-        if result.skipped:
-            self._seen.pop("clipped", None)
         brought = self._bring(view, self._seen, {"gradient": self._seen["gradient"]})
-        scaled = brought.whole.get("gradient", {})
-        gradients = {name: tensor / self._scale for name, tensor in scaled.items()}
-        whole = brought.whole
-        return StepTrace(
-            step, brought.said, gradients, whole.get("clipped", {}), whole.get("weight", {}), brought.apart
-        )
+        whole = {kind: brought.whole.get(kind, {}) for kind in ("gradient", "clipped", "weight")}
+        gradients = {name: tensor / self._scale for name, tensor in whole["gradient"].items()}
+        clipped = {} if result.skipped else whole["clipped"]
+        return StepTrace(step, brought.said, gradients, clipped, whole["weight"], brought.apart)
 
     def _bring(self, said: Any, values: dict[str, np.ndarray], copies: dict[str, np.ndarray]) -> Brought:
         """With the weights as they are now."""
