@@ -52,11 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     mine = replace(plan, overrides=(*plan.overrides, *words), folder=folder)
                     runs.append((name, measure(mine, "disttrain", precision, ranks, repeat)))
                     print(f"{name}: {report.line(runs[-1][1])}", file=sys.stderr, flush=True)
-        about |= {"warmup_steps": plan.warmup, "measured_steps": options.steps}
+            write(out, about | {"warmup_steps": plan.warmup, "measured_steps": options.steps}, runs)
+    print(out.with_suffix(".md"))
+
+
+def write(out: Path, about: dict, runs: list[tuple[str, Run]]) -> None:
+    """Both files, after every repeat: what is measured is not lost where the rest is interrupted."""
     rows = [{"engine": name, **asdict(run)} for name, run in runs]
     out.with_suffix(".json").write_text(json.dumps({"about": about, "runs": rows}, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(about, runs))
-    print(out.with_suffix(".md"))
 
 
 def installed(name: str) -> bool:

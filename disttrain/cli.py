@@ -280,9 +280,12 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     interruption = Interruption().listen()
     from disttrain import preflight, preparing
     from disttrain.config.problems import RefusedInput
+    from disttrain.elastic import goes_on, is_elastic, join, lost_a_peer, start_again
     from disttrain.launch.mpi import locate
 
     settings = _load(config, overrides)
+    if is_elastic(os.environ):
+        join(settings, interruption)
     rank = locate(os.environ, keep=settings.engine == "horovod")  # Horovod goes on with the MPI that is started
     inside = rank.launcher != "none"
     if inside and "DISTTRAIN_LOCAL_RANKS" in os.environ:
@@ -300,7 +303,17 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
         return local_ranks.start(world_size, ["train", str(config), *(overrides or [])])
     from disttrain.run import run
 
-    return run(settings, rank, interruption, prepared)
+    if not is_elastic(os.environ):
+        return run(settings, rank, interruption, prepared)
+    try:
+        code = run(settings, rank, interruption, prepared)
+    except Exception as error:
+        if not lost_a_peer(error):
+            raise
+        start_again()
+    if goes_on(code, interruption):
+        start_again()
+    return code
 
 
 def _already_launched(nproc: int, launcher: str) -> "Problem":

@@ -18,12 +18,14 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.hosts_changed = False
+        """Whether an elastic job has gained or lost hosts, which takes a stop and a fresh start."""
         self._since = 0.0
 
     @property
     def requested(self) -> bool:
         """Whether the run should save a checkpoint and end."""
-        return self.signal is not None
+        return self.signal is not None or self.hosts_changed
 
     def listen(self) -> "Interruption":
         """Take over the signals; a second SIGINT or SIGTERM after two seconds ends the process at once."""

@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"trainer"},
     {"tasks", "run", "slurm_script"},
     {"verify"},
-    {"local_ranks", "demo", "failures", "preparing"},
+    {"local_ranks", "demo", "failures", "preparing", "elastic"},
     {"cli", "__main__"},
 ]
 """Module names from the bottom; a module may import what is lower, or its own package."""

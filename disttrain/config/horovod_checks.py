@@ -73,11 +73,6 @@ def _transport(config: Config, launcher: str, environ: Mapping[str, str]) -> Ite
         because = "horovod.adasum=true" if config.horovod.adasum else "horovod.transport=mpi"
         yield Problem((because, f"launcher {launcher}"), "these ranks were not started by MPI, which this needs",
                       "start them with mpirun, horovodrun --mpi or srun --mpi=pmix")  # fmt: skip
-    if environ.get("HOROVOD_ELASTIC") == "1":
-        yield Problem(("engine=horovod", "HOROVOD_ELASTIC=1"),
-                      "the number of ranks cannot change while a run goes on",
-                      "use horovodrun without --min-np, --max-np and --host-discovery-script; a run that is started "
-                      "again with another number of ranks goes on from its newest checkpoint")  # fmt: skip
 
 
 def variables(config: Config) -> dict[str, str]:

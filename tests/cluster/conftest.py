@@ -14,7 +14,7 @@ from tests.components import need
 from tests.runs.conftest import SETTINGS, Workplace
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 120
+STEPS = 80
 """Long enough to be caught in the middle."""
 
 

@@ -287,7 +287,6 @@ def test_what_the_launcher_must_give() -> None:
         ("horovod.fusion_threshold_mib=64.0", "HOROVOD_FUSION_THRESHOLD=0"),
         ("horovod.timeline=true", "HOROVOD_TIMELINE=t.json"),
     ]
-    assert settings(config, "horovodrun", HOROVOD_ELASTIC="1") == [("engine=horovod", "HOROVOD_ELASTIC=1")]
     mpi = with_values(config, {"horovod.transport": "mpi"})
     assert settings(mpi, "openmpi") == settings(mpi, "srun", PMIX_RANK="0") == []
     assert settings(mpi, "srun") == [("horovod.transport=mpi", "launcher srun")]

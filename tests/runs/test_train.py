@@ -177,7 +177,7 @@ def test_a_new_run_starts_from_another_runs_checkpoint(workplace: Workplace) -> 
 def test_ctrl_c_while_data_is_prepared(workplace: Workplace) -> None:
     """It ends at once with 130, and the same command goes on with what is complete."""
     text = workplace.folder / "corpus" / "text.txt"
-    for number in range(60):
+    for number in range(24):
         (text.parent / f"{number}.txt").write_text(text.read_text() * 40)
     words = ("train", "run.yaml", "data.tokenizer=bpe", "data.tokenizer_vocab_size=300", "train.steps=2",
              "optim.warmup_steps=0")  # fmt: skip
