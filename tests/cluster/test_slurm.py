@@ -1,11 +1,13 @@
 """Shipped and written scripts on a real Slurm of two nodes: the same training, through every kind of end."""
 
+import subprocess
+
 import pytest
 
 from disttrain.checkpoint import damage
 from tests.cluster.conftest import STEPS, Login
 from tests.cluster.slurm import wait_until
-from tests.components import need
+from tests.components import BIN, need
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -46,6 +48,19 @@ def test_other_engines_train_like_one_process(script: str, engine: str, login: L
     need(engine)
     login.edit(script, f"run.yaml train.steps=20 engine={engine}")
     login.finished(login.submit(script))
+    same_as_one_process(login, "run", reference)
+
+
+def test_the_deepspeed_launcher_hands_over_to_srun(login: Login, reference: Login) -> None:
+    need("deepspeed")
+    (login.folder / "hosts").write_text("n1 slots=2\nn2 slots=2\n")
+    command = ["deepspeed", "--hostfile", "hosts", "--no_ssh_check", "--master_addr", "n1", "--launcher", "slurm",
+               "--launcher_args", "--nodes=2 --ntasks-per-node=2", str(BIN / "disttrain"), "train", "run.yaml",
+               "train.steps=20", "engine=deepspeed"]  # fmt: skip
+    done = subprocess.run(command, cwd=login.folder, env=login.environment, stdin=subprocess.DEVNULL, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert login.records("run", "header")[0]["launcher"] == "srun"
     same_as_one_process(login, "run", reference)
 
 
