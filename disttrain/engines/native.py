@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config.schema import Config, Precision
 from disttrain.engines import Batch, Held, Moment, Reduction, State, StepResult, objective
@@ -41,6 +42,7 @@ class NativeEngine:
         if reduction is not None:
             self.optimizer = reduction.attach(self.optimizer, [(p.shard.name, p.master) for p in self.parameters])
         self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
+        self._settled = not any(isinstance(chunk.module, DistributedDataParallel) for chunk in self.chunks)
         self.watch: Callable[[Moment], None] | None = None
         """Called within a step when gradients are complete but still scaled, when clipped, and when updated: for proofs."""
 
@@ -109,10 +111,27 @@ class NativeEngine:
         if self._pipeline is not None:
             sums = self._run_schedule(self._pipeline, batches, scaled)
         else:
+            self._settle(batches, scaled)
             sums = [self._backward(b, scaled, last=b is batches[-1]) for b in batches]
         total = torch.stack(sums).sum(0) if sums else torch.zeros(len(counts), device=self.device)
         total = total.to(master_dtype(self.precision))
         return total if self.groups.tensor.rank == 0 else torch.zeros_like(total)
+
+    def _settle(self, batches: list[dict[str, Tensor]], scaled: Callable) -> None:
+        """Let DDP order its buckets before the first step counts; it does so by the first backward pass that it sees.
+
+        The order decides in which order the ranks' gradients are added. Without this the first step after a resume would
+        add them in another one than the same step of an undisturbed run.
+        """
+        if self._settled or not batches:
+            return
+        traffic = self.groups.world.traffic
+        before = (traffic.sent, traffic.uncompressed)
+        self._backward(batches[-1], scaled, last=True)
+        for p in self.parameters:
+            p.parameter.grad = None
+        traffic.sent, traffic.uncompressed = before
+        self._settled = True
 
     def _backward(self, batch: dict[str, Tensor], scaled: Callable, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; whole gradients are reduced with the last one only."""

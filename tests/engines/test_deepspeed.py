@@ -172,6 +172,14 @@ def resume(rank: int, config: Config, world: int, folder: Path) -> list[dict[str
     return seen
 
 
+def test_its_flops_profiler(tmp_path: Path) -> None:
+    """Raw settings reach DeepSpeed: its profiler writes its table."""
+    profiler = {"enabled": True, "profile_step": 2, "detailed": False, "output_file": str(tmp_path / "flops.txt")}
+    trained(config_for("gpt", precision="fp32", engine="deepspeed", deepspeed={"flops_profiler": profiler}), 1)
+    text = (tmp_path / "flops.txt").read_text()
+    assert "DeepSpeed Flops Profiler" in text and "MACs" in text and "Attention" in text, text
+
+
 NATIVE, STAGES = {"engine": "native"}, [{"engine": "deepspeed", "parallel.zero": zero} for zero in range(4)]
 MOVES = [
     # from (settings, ranks) to (settings, ranks)

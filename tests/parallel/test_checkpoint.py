@@ -48,7 +48,7 @@ def load_and_go_on(rank: int, config: Config, world: int, path: Path) -> dict:
     return {"losses": losses, "weights": engine.gather("weight")}
 
 
-@pytest.mark.parametrize(("precision", "world"), [("fp64", 1), ("fp32", 2), ("bf16", 2), ("fp16", 2)])
+@pytest.mark.parametrize(("precision", "world"), [("fp64", 1), ("fp32", 2), ("fp32", 4), ("bf16", 2), ("fp16", 2)])
 def test_resume_is_bit_exact(tmp_path: Path, precision: str, world: int) -> None:
     config = config_for("gpt", **{"precision": precision, "model.dropout": 0.1})
     undisturbed = run_ranks(save_and_go_on, world, config, world, tmp_path)
