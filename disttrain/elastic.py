@@ -125,8 +125,12 @@ def _listen(interruption: "Interruption") -> None:
 
 
 def _address() -> str:
-    """This host's address as the others reach it."""
-    return socket.gethostbyname(socket.gethostname())
+    """This host's address on the network that horovodrun found to join the hosts."""
+    import psutil
+
+    there = psutil.net_if_addrs().get(os.environ.get("HOROVOD_GLOO_IFACE", ""), [])
+    found = [address.address for address in there if address.family == socket.AF_INET]
+    return found[0] if found else socket.gethostbyname(socket.gethostname())
 
 
 def _free_port() -> int:

@@ -80,7 +80,7 @@ class Engine(Protocol):
 
 
 class ProvenEngine(Engine, Protocol):
-    """What `disttrain verify` looks at beside: the inside of a step, whole weights and gradients."""
+    """What `disttrain verify` looks at beside: the inside of a step, weights and gradients."""
 
     groups: Groups
     watch: Callable[[Moment], None] | None
@@ -94,14 +94,6 @@ class ProvenEngine(Engine, Protocol):
 
     def held(self, what: Held) -> list[tuple[Shard, Tensor]]:
         """This rank's part of every weight, of the model's copy of it, or of its (scaled) gradient. All ranks call it."""
-        ...
-
-    def gather(self, what: Held) -> dict[str, Tensor]:
-        """The same whole, by name, on rank 0, {} elsewhere. All ranks call it."""
-        ...
-
-    def disagreeing(self, what: Held) -> list[str]:
-        """Names of parameters whose copies differ between ranks, on rank 0, [] elsewhere. All ranks call it."""
         ...
 
 

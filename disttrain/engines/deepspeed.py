@@ -174,14 +174,6 @@ class DeepSpeedEngine:
         read = deepspeed_state.weight if what == "weight" else deepspeed_state.working_copy
         return [(shard, read(self.engine, p).float()) for shard, p in self.parameters]
 
-    def gather(self, what: Held) -> dict[str, Tensor]:
-        """The same by name on rank 0, {} elsewhere. All ranks call it."""
-        return sharding.gather(self.held(what), self.groups)
-
-    def disagreeing(self, what: Held) -> list[str]:
-        """Names of parameters that differ between ranks, on rank 0, [] elsewhere. All ranks call it."""
-        return sharding.disagreeing(self.held(what), self.groups)
-
     def state_dict(self) -> State:
         """Whole weights and moments by name, as the native engine saves them, and the loss scale. All ranks call it."""
         model, moments = {}, {}

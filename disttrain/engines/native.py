@@ -223,14 +223,6 @@ class NativeEngine:
         """This rank's part of every weight, of the model's copy of it, or of its (scaled) gradient. For proofs."""
         return [(p.shard, self._read(p, what)) for p in self.parameters]
 
-    def gather(self, what: Held) -> dict[str, Tensor]:
-        """The same whole, by name, on rank 0, {} elsewhere. All ranks call it; for proofs."""
-        return sharding.gather([(shard, part) for shard, part in self.held(what) if not shard.tied_to], self.groups)
-
-    def disagreeing(self, what: Held) -> list[str]:
-        """Names of parameters whose copies differ between ranks, on rank 0, [] elsewhere. All ranks call it."""
-        return sharding.disagreeing(self.held(what), self.groups)
-
     def _read(self, p: sharding.LocalParameter, what: Held) -> Tensor:
         if what == "parameter":
             return sharding.local(p.parameter.detach())

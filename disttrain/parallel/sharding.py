@@ -1,17 +1,14 @@
-"""What each local parameter is of the whole one, and from there: filling, gathering, saving, counting copies.
+"""What each local parameter is of the whole one, and from there: filling, saving, counting copies.
 
 A parameter is cut at most twice: over the tensor axis along the dim its role says, then by FSDP2 over shard x context
 along dim 0. Each cut is torch.chunk's: equal chunks, rounded up, so that the last may be shorter or empty. FSDP2 leaves
 the blocks' norms whole (see `disttrain.parallel.data.shard`).
 """
 
-import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -144,42 +141,3 @@ def as_whole(shard: Shard, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     stride = torch.empty(shard.shape, device="meta").stride()
     placements = (over_tensor, Replicate(), over_data)
     return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shard.shape, stride=stride)
-
-
-def gather(parts: Iterable[tuple[Shard, Tensor]], groups: Groups) -> dict[str, Tensor]:
-    """Whole tensors by name on rank 0, nothing elsewhere; every rank calls it. For proofs, not for large models."""
-    mine = [(shard.name, shard.shape, shard.slices, part.detach().cpu().numpy()) for shard, part in parts]
-    everything = _to_first(mine, groups)
-    whole: dict[str, Tensor] = {}
-    for parts_of_rank in reversed(everything):  # of copies, the one on the lowest rank stays
-        for name, shape, slices, part in parts_of_rank:
-            part = torch.from_numpy(part)  # tensors pickle slowly
-            whole.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))[slices] = part
-    return whole
-
-
-def disagreeing(parts: Iterable[tuple[Shard, Tensor]], groups: Groups) -> list[str]:
-    """Names of parameters whose copies differ between ranks, sorted, on rank 0; [] elsewhere. Every rank calls it."""
-    mine = [
-        (shard.tied_to or shard.name, tuple((s.start, s.stop) for s in shard.slices), _checksum(part))
-        for shard, part in parts
-    ]
-    seen: dict[tuple, int] = {}
-    differ = set()
-    for of_rank in _to_first(mine, groups):
-        for name, place, checksum in of_rank:
-            if seen.setdefault((name, place), checksum) != checksum:
-                differ.add(name)
-    return sorted(differ)
-
-
-def _checksum(part: Tensor) -> int:
-    return zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()) if part.numel() else 0
-
-
-def _to_first(value: list, groups: Groups) -> list:
-    if groups.world.size == 1:
-        return [value]
-    gathered: list | None = [None] * groups.world.size if groups.rank == 0 else None
-    dist.gather_object(value, gathered)
-    return gathered or []

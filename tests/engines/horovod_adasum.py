@@ -20,6 +20,7 @@ from disttrain.parallel.collectives import Traffic, gather_objects
 from disttrain.parallel.groups import make_groups
 from disttrain.verify.batches import micro_batches
 from tests.parallel.test_data_parallel import config_for, global_batch
+from tests.ranks import disagreeing
 
 CONFIG = config_for("gpt", **{"engine": "horovod", "horovod.adasum": True, "train.micro_batch_size": 2,
                               "train.clip_grad_norm": None, "optim.weight_decay": 0.0,
@@ -75,7 +76,7 @@ def formula() -> dict:
         error = max(error, float((after - before[name] - adasum(a, b)).abs().max()))
         plain = max(plain, float((after - before[name] - (a + b) / 2).abs().max()))
     return {"error": error, "from_the_mean": plain, "norm": norm, "norm_of_ranks": (sum(squares) / 2) ** 0.5,
-            "apart": engine.disagreeing("weight"), "traffic": engine.traffic()}  # fmt: skip
+            "apart": disagreeing(engine, "weight"), "traffic": engine.traffic()}  # fmt: skip
 
 
 def resume() -> dict:
@@ -90,7 +91,7 @@ def resume() -> dict:
     again.load_state_dict(saved)
     repeated = [float(step(again, number).grad_norm) for number in (3, 4)]
     same = all(torch.equal(a, b) for a, b in zip(weights(engine).values(), weights(again).values(), strict=True))
-    apart = again.disagreeing("weight")
+    apart = disagreeing(again, "weight")
     again.close()
     return {"repeated": after == repeated and same, "moments_agree": moments[0] == moments[1], "apart": apart}
 

@@ -20,7 +20,7 @@ from disttrain.precision import LossScale
 from disttrain.verify.batches import micro_batches
 from tests.components import need
 from tests.parallel.test_data_parallel import config_for, global_batch
-from tests.ranks import run_ranks
+from tests.ranks import disagreeing, gathered, run_ranks
 
 STEPS = 5
 
@@ -56,12 +56,12 @@ def advance(engine: Any, family: str, steps: range) -> list[dict[str, Any]]:
 def train(rank: int, config: Config, world: int, family: str) -> dict[str, Any]:
     engine = make(config, rank, world)
     gradients: list[dict] = []
-    engine.watch = lambda moment: gradients.append(engine.gather("gradient")) if moment == "reduced" else None
+    engine.watch = lambda moment: gradients.append(gathered(engine, "gradient")) if moment == "reduced" else None
     seen = advance(engine, family, range(STEPS))
     mine = micro_batches(global_batch(family, 99), engine.groups.mesh.data_rank(rank), world, None)
     scores = {name: float(total) / float(count) for name, (total, count) in engine.evaluate(mine).items()}
-    found = {"seen": seen, "scores": scores, "gradients": gradients, "weights": engine.gather("weight"),
-             "apart": engine.disagreeing("parameter")}  # fmt: skip
+    found = {"seen": seen, "scores": scores, "gradients": gradients, "weights": gathered(engine, "weight"),
+             "apart": disagreeing(engine, "parameter")}  # fmt: skip
     engine.close()
     return found
 

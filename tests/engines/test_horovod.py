@@ -23,7 +23,7 @@ from disttrain.parallel.groups import make_groups
 from disttrain.verify.batches import micro_batches
 from tests.components import BIN, need
 from tests.parallel.test_data_parallel import config_for, global_batch
-from tests.ranks import run_ranks
+from tests.ranks import disagreeing, gathered, run_ranks
 from tests.runs.conftest import Workplace
 
 STEPS = 5
@@ -53,8 +53,8 @@ def train(rank: int, config: Config, world: int, family: str) -> dict[str, Any]:
         global_batch(family, 99), engine.groups.mesh.data_rank(rank), engine.groups.mesh.data_ranks, None
     )
     scores = [float(total) / float(count) for total, count in engine.evaluate(mine).values()]
-    found = {"seen": seen, "scores": scores, "traffic": engine.traffic(), "weights": engine.gather("weight"),
-             "apart": engine.disagreeing("weight")}  # fmt: skip
+    found = {"seen": seen, "scores": scores, "traffic": engine.traffic(), "weights": gathered(engine, "weight"),
+             "apart": disagreeing(engine, "weight")}  # fmt: skip
     engine.close()
     return found
 

@@ -14,7 +14,7 @@ from disttrain.config.load import with_values
 from disttrain.config.schema import Config
 from disttrain.engines.native import NativeEngine
 from tests.parallel.test_data_parallel import BATCH, config_for, global_batch, make_engine
-from tests.ranks import run_ranks
+from tests.ranks import gathered, run_ranks
 
 
 def advance(engine: NativeEngine, rank: int, world: int, steps: range) -> list[float]:
@@ -34,7 +34,7 @@ def save_and_go_on(rank: int, config: Config, world: int, folder: Path) -> dict:
     state = engine.state_dict()
     checkpoint.save(folder, 3, state, {"step": 3, "engine": state.pop("engine")}, keep=2)
     losses = advance(engine, rank, world, range(4, 7))
-    return {"losses": losses, "weights": engine.gather("weight")}
+    return {"losses": losses, "weights": gathered(engine, "weight")}
 
 
 def load_and_go_on(rank: int, config: Config, world: int, path: Path) -> dict:
@@ -45,7 +45,7 @@ def load_and_go_on(rank: int, config: Config, world: int, path: Path) -> dict:
     trainer = checkpoint.load(path, state)
     engine.load_state_dict({**state, "engine": trainer["engine"]})
     losses = advance(engine, rank, world, range(trainer["step"] + 1, 7))
-    return {"losses": losses, "weights": engine.gather("weight")}
+    return {"losses": losses, "weights": gathered(engine, "weight")}
 
 
 @pytest.mark.parametrize(("precision", "world"), [("fp64", 1), ("fp32", 2), ("fp32", 4), ("bf16", 2), ("fp16", 2)])

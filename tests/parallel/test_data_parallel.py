@@ -11,7 +11,7 @@ from disttrain.mesh import build_mesh
 from disttrain.models import build_model
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import make_groups
-from tests.ranks import run_ranks
+from tests.ranks import disagreeing, gathered, run_ranks
 
 STEPS, BATCH, SEQUENCE, VOCAB = 5, 8, 16, 61
 
@@ -54,8 +54,8 @@ def train(rank: int, config: Config, world: int, micro_batch: int) -> dict:
 
     def keep_gradients(moment: str) -> None:
         if moment == "reduced":
-            gradients.append(engine.gather("gradient"))
-            apart.extend(engine.disagreeing("gradient"))
+            gradients.append(gathered(engine, "gradient"))
+            apart.extend(disagreeing(engine, "gradient"))
 
     engine.watch = keep_gradients
     for step in range(1, STEPS + 1):
@@ -70,12 +70,12 @@ def train(rank: int, config: Config, world: int, micro_batch: int) -> dict:
     evaluation = {
         k: float(v.sum / v.count) for k, v in engine.evaluate([global_batch(config.model.family, 99)]).items()
     }
-    apart.extend(engine.disagreeing("weight"))
+    apart.extend(disagreeing(engine, "weight"))
     return {
         "records": records,
         "gradients": gradients,
         "apart": apart,
-        "weights": engine.gather("weight"),
+        "weights": gathered(engine, "weight"),
         "evaluation": evaluation,
         "traffic": traffic,
     }
@@ -137,7 +137,11 @@ def one_step(rank: int, config: Config) -> dict:
     engine = make_engine(config, rank, 1)
     result = engine.step([global_batch("gpt", 1)], 1, learning_rate=1e-2)
     loss = result.losses["lm"]
-    return {"loss": float(loss.sum / loss.count), "norm": float(result.grad_norm), "weights": engine.gather("weight")}
+    return {
+        "loss": float(loss.sum / loss.count),
+        "norm": float(result.grad_norm),
+        "weights": gathered(engine, "weight"),
+    }
 
 
 def test_bytes_on_the_wire() -> None:

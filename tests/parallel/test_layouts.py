@@ -12,7 +12,7 @@ from disttrain.config.schema import Config
 from disttrain.engines.native import NativeEngine
 from disttrain.mesh import build_mesh
 from tests.parallel.test_data_parallel import BATCH, SEQUENCE, config_for, global_batch, make_engine
-from tests.ranks import run_ranks
+from tests.ranks import gathered, run_ranks
 
 BASE = {"model.layers": 4, "model.dropout": 0.1, "train.label_smoothing": 0.1, "data.sequence_length": SEQUENCE,
         "train.global_batch_size": BATCH}  # fmt: skip
@@ -54,7 +54,7 @@ def save(rank: int, config: Config, world: int, folder: Path) -> tuple:
     advance(engine, range(1, 3))
     state = engine.state_dict()
     checkpoint.save(folder, 2, state, {"step": 2, "engine": state.pop("engine")}, keep=2)
-    return advance(engine, range(3, 5)), engine.gather("weight")
+    return advance(engine, range(3, 5)), gathered(engine, "weight")
 
 
 def resume(rank: int, config: Config, world: int, path: Path) -> tuple:
@@ -64,7 +64,7 @@ def resume(rank: int, config: Config, world: int, path: Path) -> tuple:
     del state["engine"]
     trainer = checkpoint.load(path, state)
     engine.load_state_dict({**state, "engine": trainer["engine"]})
-    return advance(engine, range(3, 5)), engine.gather("weight")
+    return advance(engine, range(3, 5)), gathered(engine, "weight")
 
 
 def config_of(name: str, family: str, **values) -> tuple[int, Config]:
@@ -103,7 +103,7 @@ def losses_and_norms(rank: int, config: Config, world: int) -> list[float]:
 
 def skip(rank: int, config: Config, world: int, culprit: int) -> dict:
     engine = make_engine(config, rank, world)
-    before = engine.gather("weight")
+    before = gathered(engine, "weight")
 
     def overflow(moment: str) -> None:
         if moment == "reduced" and rank == culprit:
@@ -113,7 +113,7 @@ def skip(rank: int, config: Config, world: int, culprit: int) -> dict:
     engine.watch = overflow
     result = engine.step(micro_batches(engine, 1), 1, 1e-2)
     engine.watch = None
-    same = all(torch.equal(weight, before[name]) for name, weight in engine.gather("weight").items())
+    same = all(torch.equal(weight, before[name]) for name, weight in gathered(engine, "weight").items())
     following = engine.step(micro_batches(engine, 2), 2, 1e-2)
     return {"skipped": result.skipped, "same": same, "scale": engine.scale.value, "then": following.skipped}
 

@@ -10,7 +10,7 @@ from disttrain.config.schema import Config
 from disttrain.parallel import own_model
 from tests.parallel.test_data_parallel import config_for, make_engine
 from tests.parallel.test_layouts import BASE, advance
-from tests.ranks import run_ranks
+from tests.ranks import gathered, run_ranks
 
 SOURCE = Path(__file__).resolve().parent.parent / "models" / "llama.py"
 
@@ -22,8 +22,8 @@ def own(**values) -> Config:
 def train(rank: int, config: Config, world: int) -> tuple:
     engine = make_engine(config, rank, world)
     gradients = []
-    engine.watch = lambda moment: gradients.append(engine.gather("gradient")) if moment == "reduced" else None
-    return advance(engine, range(1, 4)), gradients[0], engine.gather("weight")
+    engine.watch = lambda moment: gradients.append(gathered(engine, "gradient")) if moment == "reduced" else None
+    return advance(engine, range(1, 4)), gradients[0], gathered(engine, "weight")
 
 
 @pytest.mark.parametrize(
