@@ -2,13 +2,17 @@
 
 import logging
 import os
+import signal
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from disttrain.config.problems import Problem
 
+FIRST_SPEAKS_S = 5.0
+"""How long other ranks wait with refused input: launchers end all ranks, the first too, when one has ended."""
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "HOROVOD_RANK", "SLURM_PROCID")
 """Where launchers say which rank a process is; refused input is shown by the first one only."""
 
@@ -22,7 +26,10 @@ def explain(error: Exception) -> int:
 
     if isinstance(error, RefusedInput):
         ranks = [os.environ.get(name, "") for name in RANK_VARIABLES]
-        if not any(rank.isdigit() and int(rank) > 0 for rank in ranks):
+        if any(rank.isdigit() and int(rank) > 0 for rank in ranks):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(FIRST_SPEAKS_S)
+        else:
             show_problems(error.problems)
         return 2
     show, code = getattr(error, "show", None), getattr(error, "exit_code", None)

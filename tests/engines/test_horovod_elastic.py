@@ -18,7 +18,7 @@ from tests.components import BIN, need
 from tests.parallel.test_data_parallel import config_for
 from tests.runs.conftest import Workplace
 
-WORDS = ("engine=horovod", "train.steps=1200", "train.eval_every=0", "checkpoint.every=100")
+WORDS = ("engine=horovod", "train.steps=700", "train.eval_every=0", "checkpoint.every=50")
 
 
 class Job:
@@ -74,9 +74,9 @@ def test_a_killed_rank_and_a_new_host(tmp_path: Path) -> None:
     place.run("train", "run.yaml", *WORDS[1:], "--nproc", "2", "run.name=undisturbed")
     job = Job(place, "localhost", "127.0.0.1")
     try:
-        job.wait(lambda: job.step() > 150)
+        job.wait(lambda: job.step() > 70)
         job.rank_on("127.0.0.1").send_signal(signal.SIGKILL)
-        job.wait(lambda: job.worlds()[-1:] == [1] and job.step() > 250)
+        job.wait(lambda: job.worlds()[-1:] == [1] and job.step() > 120)
         job.give("localhost", "127.0.0.1", socket.gethostname())
         assert job.process.wait(240) == 0, job.log.read_text()
     finally:
@@ -84,8 +84,8 @@ def test_a_killed_rank_and_a_new_host(tmp_path: Path) -> None:
         subprocess.run(["pkill", "-9", "-f", "--", f"--host-discovery-script {tmp_path}"], check=False)
     assert job.worlds() == [2, 1, 2], job.log.read_text()
     ours, expected = place.curve("run"), place.curve("undisturbed")
-    assert [row[0] for row in ours] == [row[0] for row in expected] == list(range(1, 1201))
-    assert [row[1] for row in ours[:200]] == pytest.approx([row[1] for row in expected[:200]], rel=1e-4)
+    assert [row[0] for row in ours] == [row[0] for row in expected] == list(range(1, 701))
+    assert [row[1] for row in ours[:100]] == pytest.approx([row[1] for row in expected[:100]], rel=1e-4)
     assert [row[3:] for row in ours] == [row[3:] for row in expected]
 
 
