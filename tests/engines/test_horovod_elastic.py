@@ -18,7 +18,7 @@ from tests.components import BIN, need
 from tests.parallel.test_data_parallel import config_for
 from tests.runs.conftest import Workplace
 
-WORDS = ("engine=horovod", "train.steps=700", "train.eval_every=0", "checkpoint.every=50")
+WORDS = ("engine=horovod", "train.steps=500", "train.eval_every=0", "checkpoint.every=50")
 
 
 class Job:
@@ -84,7 +84,7 @@ def test_a_killed_rank_and_a_new_host(tmp_path: Path) -> None:
         subprocess.run(["pkill", "-9", "-f", "--", f"--host-discovery-script {tmp_path}"], check=False)
     assert job.worlds() == [2, 1, 2], job.log.read_text()
     ours, expected = place.curve("run"), place.curve("undisturbed")
-    assert [row[0] for row in ours] == [row[0] for row in expected] == list(range(1, 701))
+    assert [row[0] for row in ours] == [row[0] for row in expected] == list(range(1, 501))
     assert [row[1] for row in ours[:100]] == pytest.approx([row[1] for row in expected[:100]], rel=1e-4)
     assert [row[3:] for row in ours] == [row[3:] for row in expected]
 
