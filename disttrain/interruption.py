@@ -25,7 +25,7 @@ class Interruption:
     @property
     def requested(self) -> bool:
         """Whether the run should save a checkpoint and end."""
-        return self.signal is not None or self.hosts_changed
+        return self.signal is not None
 
     def listen(self) -> "Interruption":
         """Take over the signals; a second SIGINT or SIGTERM after two seconds ends the process at once."""

@@ -26,7 +26,8 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
         step += 1
         rate = learning_rate(config.optim, step, steps)
         result = engine.step(micro_batches, step, rate)
-        interrupted, late = any_rank(interruption.requested, recorder.over_time(config.train.seconds))
+        asked = interruption.requested or interruption.hosts_changed
+        interrupted, late = any_rank(asked, recorder.over_time(config.train.seconds))
         stop = "interrupted" if interrupted else "steps" if step == steps else "time" if late else None
         evaluate, checkpointed = due(config.train.eval_every, step), due(config.checkpoint.every, step)
         recorder.end_step(step, rate, result, needed=bool(stop or evaluate or checkpointed))
