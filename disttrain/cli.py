@@ -3,6 +3,7 @@
 import os
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from disttrain.config.problems import Problem
     from disttrain.config.schema import Config
+    from disttrain.data.preparation import Prepared
+    from disttrain.interruption import Interruption
 
 app = typer.Typer(
     name="disttrain",
@@ -116,18 +119,15 @@ def doctor(
     """Show launcher, ranks, devices, versions and link speed, and explain contradictions."""
     from disttrain import launch
     from disttrain.config.problems import RefusedInput
-    from disttrain.doctor import diagnose, render
+    from disttrain.interruption import Interruption
 
     if nproc > 1:
         if (rank := launch.detect(os.environ)).launcher != "none":
             raise RefusedInput([_already_launched(nproc, rank.launcher)])
         from disttrain import local_ranks
 
-        raise typer.Exit(local_ranks.start(nproc, ["doctor"]))
-    diagnosis = diagnose()
-    if diagnosis.is_for_this_rank:
-        render(diagnosis, _console())
-    raise typer.Exit(1 if diagnosis.problems else 0)
+        raise typer.Exit(local_ranks.start(nproc, _diagnose, Interruption(), local_ranks.method()))
+    raise typer.Exit(_diagnose())
 
 
 class Launchers(StrEnum):
@@ -254,17 +254,10 @@ def report(run: RunFolder) -> None:
 
 
 def main() -> None:
-    """Entry point: problems become a list and exit code 2, an interruption 130, an expected failure one line."""
-    try:
-        code = app(standalone_mode=False)
-        sys.exit(code or 0)
-    except Exception as error:
-        from disttrain.failures import explain
+    """Entry point; every outcome has an exit code."""
+    from disttrain.failures import exit_code
 
-        sys.exit(explain(error))
-    except KeyboardInterrupt:
-        print("disttrain: interrupted; nothing is lost, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(exit_code(lambda: app(standalone_mode=False)))
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Config":
@@ -275,7 +268,7 @@ def _load(path: Path, overrides: list[str] | None) -> "Config":
 
 def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     """Check everything, prepare the data, then train here, as a launcher's rank, or on local ranks; the exit code."""
-    from disttrain.interruption import Interruption, die_with_parent
+    from disttrain.interruption import Interruption
 
     interruption = Interruption().listen()
     from disttrain import preflight, preparing
@@ -288,8 +281,6 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
         join(settings, interruption)
     rank = locate(os.environ, keep=settings.engine == "horovod")  # Horovod goes on with the MPI that is started
     inside = rank.launcher != "none"
-    if inside and "DISTTRAIN_LOCAL_RANKS" in os.environ:
-        die_with_parent(int(os.environ["DISTTRAIN_LOCAL_RANKS"]))
     if inside and nproc is not None:
         raise RefusedInput([_already_launched(nproc, rank.launcher)])
     world_size = rank.world_size if inside else nproc or 1
@@ -297,12 +288,14 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     if problems:
         raise RefusedInput(problems)
     prepared = preparing.prepare(settings, interruption, quiet=rank.rank != 0)
-    if not inside and world_size > 1:
-        from disttrain import local_ranks
-
-        return local_ranks.start(world_size, ["train", str(config), *(overrides or [])])
     from disttrain.run import run
 
+    if not inside and world_size > 1:
+        from disttrain import local_ranks
+        from disttrain.engines import native  # noqa: F401  like `run`, before the ranks fork and not by each of them
+
+        as_a_rank = partial(_train_locally, settings, prepared)
+        return local_ranks.start(world_size, as_a_rank, interruption, local_ranks.method())
     if not is_elastic(os.environ):
         return run(settings, rank, interruption, prepared)
     try:
@@ -314,6 +307,24 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     if goes_on(code, interruption):
         start_again()
     return code
+
+
+def _train_locally(settings: "Config", prepared: "Prepared", interruption: "Interruption") -> int:
+    """One of the ranks that `--nproc` starts."""
+    from disttrain.launch import detect
+    from disttrain.run import run
+
+    return run(settings, detect(os.environ), interruption, prepared)
+
+
+def _diagnose(interruption: "Interruption | None" = None) -> int:
+    """Look at this rank's world; the first rank shows it. 1 where something contradicts itself."""
+    from disttrain.doctor import diagnose, render
+
+    diagnosis = diagnose()
+    if diagnosis.is_for_this_rank:
+        render(diagnosis, _console())
+    return 1 if diagnosis.problems else 0
 
 
 def _already_launched(nproc: int, launcher: str) -> "Problem":

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,17 @@ FIRST_SPEAKS_S = 5.0
 """How long other ranks wait with refused input: launchers end all ranks, the first too, when one has ended."""
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "HOROVOD_RANK", "SLURM_PROCID")
 """Where launchers say which rank a process is; refused input is shown by the first one only."""
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command: problems become a list and exit code 2, an interruption 130, an expected failure one line."""
+    try:
+        return command() or 0
+    except Exception as error:
+        return explain(error)
+    except KeyboardInterrupt:
+        print("disttrain: interrupted; nothing is lost, the same command goes on", file=sys.stderr)
+        return 130
 
 
 def explain(error: Exception) -> int:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "disttrain"
 
 LAYERS: list[set[str]] = [
     {"hardware", "launch", "capabilities", "config", "interruption"},
-    {"mesh", "costs"},
+    {"mesh", "costs", "failures"},
     {"stages", "deepspeed_config"},
     {"layout", "memory"},
     {"models", "data", "optim", "precision"},
@@ -23,14 +23,14 @@ LAYERS: list[set[str]] = [
     {"trainer"},
     {"tasks", "run", "slurm_script"},
     {"verify"},
-    {"local_ranks", "demo", "failures", "preparing", "elastic"},
+    {"local_ranks", "demo", "preparing", "elastic"},
     {"cli", "__main__"},
 ]
 """Module names from the bottom; a module may import what is lower, or its own package."""
 
 SAME_LAYER = {("launch", "config"), ("capabilities", "config"), ("hardware", "config"), ("loggers", "metrics"),
               ("report", "loggers"), ("report", "metrics"), ("optim", "config"), ("overview", "preflight"),
-              ("__main__", "cli"), ("demo", "local_ranks")}  # fmt: skip
+              ("__main__", "cli")}  # fmt: skip
 """Edges inside a layer; this list may only shrink."""
 
 TORCH_FREE = ["hardware", "launch", "capabilities", "config.load", "config.checks", "config.describe", "mesh", "costs",

@@ -6,7 +6,7 @@ from typing import Literal
 from disttrain.launch.reader import Reader
 from disttrain.launch.slurm import is_srun_step, tasks_on_node
 
-Launcher = Literal["none", "env", "torchrun", "deepspeed", "horovodrun", "openmpi", "mpich", "srun"]
+Launcher = Literal["none", "env", "local", "torchrun", "deepspeed", "horovodrun", "openmpi", "mpich", "srun"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ SRUN = Names(
     *("srun", "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     *("SLURM_NODEID", "SLURM_STEP_NUM_NODES"),
 )
+LOCAL_RANKS = "DISTTRAIN_LOCAL_RANKS"
+"""Set, beside torch's variables, by `disttrain.local_ranks`: how many ranks it started."""
+LOCAL = Names("local", "disttrain --nproc", "RANK", LOCAL_RANKS, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ENV = Names("env", "RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -67,6 +70,7 @@ def launchers_of(reader: Reader) -> list[Names]:
     torchrun = reader.has("TORCHELASTIC_RUN_ID")
     srun = is_srun_step(reader)
     found = [
+        (reader.has(LOCAL_RANKS), LOCAL),
         (torchrun, TORCHRUN),
         (not torchrun and all(reader.has(name) for name in ("CROSS_RANK", "CROSS_SIZE", "RANK")), DEEPSPEED),
         (reader.has(HOROVODRUN.rank, HOROVODRUN.world_size), HOROVODRUN),
