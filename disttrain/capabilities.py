@@ -32,7 +32,7 @@ ENGINES: dict[str, dict[str, tuple | Literal["any", "default"]]] = {
         "parallel.replicate": ANY,
         "parallel.offload": ANY,
         "parallel.recompute": ANY,
-        "compression.codec": ("none",),
+        "compression.codec": ANY,
         "deepspeed": ({},),
         "horovod": DEFAULT,
     },

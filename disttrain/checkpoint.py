@@ -69,6 +69,15 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     return json.loads((path / TRAINER).read_text())
 
 
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
 def read(path: Path) -> "dict[str, Tensor]":
     """Every tensor of a checkpoint, whole, by name; this process alone reads it."""
     import torch

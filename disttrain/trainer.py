@@ -68,8 +68,7 @@ def restore(session: Session, recorder: Recorder) -> int:
         recorder.event("checkpoint_damaged", 0, f"checkpoint not used: {line}")
     if path is None:
         return 0
-    state = session.engine.state_dict()
-    del state["engine"]
+    state = session.engine.to_fill(lambda: checkpoint.shapes(path))
     trainer = checkpoint.load(path, state)
     session.engine.load_state_dict({**state, "engine": trainer["engine"]})
     recorder.load_state_dict(trainer["metrics"])

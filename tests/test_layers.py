@@ -15,6 +15,7 @@ LAYERS: list[set[str]] = [
     {"stages", "deepspeed_config"},
     {"layout", "memory"},
     {"models", "data", "optim", "precision"},
+    {"grad_compression"},
     {"parallel"},
     {"engines"},
     {"checkpoint", "metrics", "loggers", "report"},

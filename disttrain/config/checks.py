@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from disttrain.config.compression_checks import compression_problems
 from disttrain.config.layout_checks import layout_problems
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
@@ -21,7 +22,8 @@ def total_steps(config: Config) -> int | None:
 
 def validate(config: Config, world_size: int) -> list[Problem]:
     """Every contradiction between settings, for a run on this many ranks."""
-    checks = (_model(config), _batch(config, world_size), _length(config), _optimizer(config), _ignored(config))
+    checks = (_model(config), _batch(config, world_size), _length(config), _optimizer(config), _ignored(config),
+              compression_problems(config, world_size))  # fmt: skip
     return [*(problem for check in checks for problem in check), *layout_problems(config, world_size)]
 
 

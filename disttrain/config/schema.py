@@ -16,6 +16,10 @@ PipelineSchedule = Literal[
     "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
 ]
 
+GradientCodec = Literal[
+    "none", "fp16", "bf16", "int8", "int4", "qsgd", "topk", "randomk", "threshold", "sign", "powersgd"
+]
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -223,10 +227,34 @@ class ParallelConfig(Section):
 
 
 class CompressionConfig(Section):
-    """Gradient compression."""
+    """Gradient compression: what travels when gradients are summed over the data ranks (docs/compression.md)."""
 
-    codec: str = "none"
-    """How gradients are encoded on the wire."""
+    codec: GradientCodec = "none"
+    """How gradients are coded on the wire (`disttrain.grad_compression.codecs` names the papers)."""
+    error_feedback: bool | None = None
+    """Add what a code has lost to the next step's gradient. When not given: off for fp16, bf16, int8 and qsgd, which lose
+    rounding errors only, on for the others."""
+    ratio: Annotated[float, Field(gt=0, le=0.5)] = 0.01
+    """Share of the elements that topk and randomk send."""
+    threshold: Annotated[float, Field(ge=1)] = 3.0
+    """threshold sends elements of at least so many times the root mean square of their parameter's gradient."""
+    bits: Literal[2, 4, 8] = 4
+    """Bits an element of qsgd."""
+    rank: Positive = 4
+    """Columns of powersgd's factors."""
+    warm_start: bool = True
+    """powersgd goes on from the last step's factor instead of a random one."""
+    min_elements: Positive = 4096
+    """Parameters with fewer elements travel whole; vectors always do."""
+    embeddings: bool = True
+    """Code embeddings and the output layer as well."""
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether errors are fed back, where the setting leaves it open."""
+        if self.error_feedback is None:
+            return self.codec not in ("none", "fp16", "bf16", "int8", "qsgd")
+        return self.error_feedback
 
 
 class HorovodConfig(Section):

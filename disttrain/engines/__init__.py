@@ -17,6 +17,8 @@ from disttrain.precision import LossScale
 
 Batch = Mapping[str, np.ndarray]
 State = dict[str, Any]
+Saved = Callable[[], Mapping[str, Sequence[int]]]
+"""Looks up names and shapes of a checkpoint's tensors."""
 Moment = Literal["reduced", "clipped", "updated"]
 Held = Literal["weight", "parameter", "gradient"]
 """What a rank holds of every parameter: as the optimizer has it, as the model computes with it, and its gradient."""
@@ -70,8 +72,12 @@ class Engine(Protocol):
         """Model and optimizer for a distributed checkpoint, and `engine`, a plain dictionary."""
         ...
 
+    def to_fill(self, saved: Saved) -> State:
+        """Tensors to load a checkpoint with these into: those of `state_dict`, and what only the checkpoint has."""
+        ...
+
     def load_state_dict(self, state: State) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `to_fill` gave, filled, and `engine`."""
         ...
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, Precision
 from disttrain.deepspeed_config import translate
-from disttrain.engines import Batch, Held, Moment, State, StepResult, deepspeed_state, objective
+from disttrain.engines import Batch, Held, Moment, Saved, State, StepResult, deepspeed_state, objective
 from disttrain.engines.deepspeed_traffic import count_traffic
 from disttrain.models import Model
 from disttrain.models.layers import LossSum
@@ -181,6 +181,10 @@ class DeepSpeedEngine:
             model[shard.name] = deepspeed_state.weight(self.engine, parameter)
             moments[shard.name] = deepspeed_state.moments(self.engine, parameter)
         return {"model": model, "optimizer": moments, "engine": {"loss_scale": asdict(self.scale)}}
+
+    def to_fill(self, saved: Saved) -> State:
+        """What `state_dict` gives."""
+        return {key: value for key, value in self.state_dict().items() if key != "engine"}
 
     def load_state_dict(self, state: State) -> None:
         """Take over a saved state, of this engine or another one. All ranks call it."""

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config.schema import Config, Precision
-from disttrain.engines import Batch, Held, Moment, Reduction, State, StepResult, objective
+from disttrain.engines import Batch, Held, Moment, Reduction, Saved, State, StepResult, objective
+from disttrain.grad_compression.compressor import Compressor
 from disttrain.models import Model
 from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
-from disttrain.parallel import data, gradients, sharding
-from disttrain.parallel.collectives import reduce_over
+from disttrain.parallel import compression_state, data, gradients, sharding
+from disttrain.parallel.collectives import GroupLink, reduce_over
 from disttrain.parallel.groups import Groups
 from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
@@ -35,7 +36,8 @@ class NativeEngine:
         self.config, self.groups, self.device = config, groups, device
         self.precision: Precision = precision
         self.scale = LossScale.start(precision, config.loss_scale)
-        self.chunks = parallelize(config, groups, device, precision, replicated=reduction is None)
+        self._compressor = _make_compressor(config, groups)
+        self.chunks = parallelize(config, groups, device, precision, reduction is None, self._compressor)
         self.parameters = [p for chunk in self.chunks for p in chunk.parameters if p.parameter.requires_grad]
         self.optimizer = build_optimizer(config.optim, [(p.shard.name, p.master) for p in self.parameters])
         self._reduction = reduction
@@ -67,18 +69,22 @@ class NativeEngine:
             chunk.model.train()
         batches = [self._prepare(batch) for batch in micro_batches]
         counts, tokens = self._count(batches)
+        if self._compressor is not None:
+            self._compressor.begin(step, self.scale.value)
         sums = self._forward_and_backward(batches, counts)
         totals = reduce_over(self.groups.world, sums)
         if self._reduction is not None:
             self._reduction.complete()
         reduced = self._pipeline is None and not self.config.parallel.zero
-        gradients.complete(self.parameters, self.groups, self._model.tied, reduced)
+        gradients.complete(self.parameters, self.groups, self._model.tied, reduced, self._compressor)
         self._tell("reduced")
         scale = self.scale.value
         norm, skipped = self._unscale_and_clip()
         self._tell("clipped")
         if not skipped:
             self._update(learning_rate)
+            if self._compressor is not None:
+                self._compressor.keep()
         for p in self.parameters:
             p.parameter.grad = p.master.grad = None
         self.scale = self.scale.after(skipped)
@@ -93,6 +99,10 @@ class NativeEngine:
 
     def _prepare(self, batch: Batch) -> dict[str, Tensor]:
         return objective.prepare(batch, self._model, self.config, self.groups, self.device)
+
+    @property
+    def _tied(self) -> dict[str, str]:
+        return dict(self._model.tied)
 
     @property
     def _model(self) -> Model:
@@ -131,6 +141,8 @@ class NativeEngine:
         for p in self.parameters:
             p.parameter.grad = None
         traffic.sent, traffic.uncompressed = before
+        if self._compressor is not None:
+            self._compressor.forget()
         self._settled = True
 
     def _backward(self, batch: dict[str, Tensor], scaled: Callable, last: bool) -> Tensor:
@@ -248,10 +260,24 @@ class NativeEngine:
                 key: value if value.ndim == 0 else sharding.as_whole(p.shard, value, mesh)
                 for key, value in state.items()
             }
-        return {"model": model, "optimizer": moments, "engine": {"loss_scale": asdict(self.scale)}}
+        state: State = {"model": model, "optimizer": moments, "engine": {"loss_scale": asdict(self.scale)}}
+        if self._compressor is not None:
+            state["compression"] = compression_state.saved_state(self.parameters, self._compressor, self.groups, mesh)
+        return state
+
+    def to_fill(self, saved: Saved) -> State:
+        """What `state_dict` gives, with room for the residuals that the checkpoint has."""
+        state = self.state_dict()
+        del state["engine"]
+        if self._compressor is not None:
+            mesh = sharding.state_mesh(self.groups, self.device.type)
+            state["compression"] = compression_state.to_fill(
+                saved(), self.parameters, self._compressor, self._tied, self.groups, mesh
+            )
+        return state
 
     def load_state_dict(self, state: State) -> None:
-        """Take over a saved state, also where its tensors are the very ones that `state_dict` gave."""
+        """Take over what `to_fill` gave, filled, also where its tensors are the engine's very own."""
         with torch.no_grad():
             for p in self.parameters:
                 name = p.shard.tied_to or p.shard.name
@@ -261,6 +287,10 @@ class NativeEngine:
                 saved = {key: sharding.local(value).clone() for key, value in state["optimizer"][name].items()}
                 self.optimizer.state[p.master] = saved
         self.scale = LossScale(**state["engine"]["loss_scale"])
+        if self._compressor is not None:
+            compression_state.take(
+                state.get("compression", {}), self.parameters, self._compressor, self._tied, self.groups
+            )
 
     def close(self) -> None:
         """Let go of DDP while the process group still lives; the engine cannot step after this.
@@ -272,6 +302,15 @@ class NativeEngine:
             self._reduction.close()
         self.chunks, self.parameters, self._pipeline = [], [], None
         gc.collect()
+
+
+def _make_compressor(config: Config, groups: Groups) -> Compressor | None:
+    """For the ranks that hold the same shard, where gradients are whole or there are replicas; else for all data ranks."""
+    if config.compression.codec == "none":
+        return None
+    between_replicas = config.parallel.zero and groups.mesh.replicate > 1
+    link = GroupLink(groups.replicate if between_replicas else groups.data)
+    return Compressor(config.compression, link, config.run.seed)
 
 
 def _no_moments(master: Tensor) -> dict[str, Tensor]:

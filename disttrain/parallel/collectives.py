@@ -1,5 +1,6 @@
 """Collectives that count the bytes they are handed; a world of one goes through the same calls and sends nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,47 @@ def reduce_scatter_flat(
     """Reduce `whole` over the ranks and give each its part along dim 0; torch 2.13 renamed what torch 2.11 has."""
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(output, whole, op=op, group=group, async_op=async_op)
+
+
+@dataclass(frozen=True)
+class GroupLink:
+    """The ranks of a group as a codec's link; see `disttrain.grad_compression.link.Link`."""
+
+    group: "Group"
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.group.size
+
+    @property
+    def rank(self) -> int:
+        """Place of this rank among them."""
+        return self.group.rank
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """All-reduce in place."""
+        dist.all_reduce(tensor, group=self.group.process_group)
+        self.group.traffic.sent += tensor.nbytes
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All-gather [n] into [ranks, n]."""
+        gathered = tensor.new_empty(self.size * tensor.numel())
+        all_gather_flat(gathered, tensor.contiguous(), self.group.process_group)
+        self.group.traffic.sent += tensor.nbytes
+        return gathered.view(self.size, -1)
+
+    def exchange(self, rows: Tensor) -> Tensor:
+        """All-to-all of the rows of [ranks, n]."""
+        got = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(got.view(-1), rows.contiguous().view(-1), group=self.group.process_group)
+        self.group.traffic.sent += rows.nbytes
+        return got
+
+    def instead_of(self, tensors: Sequence[Tensor]) -> None:
+        """Count what would have been handed over without a codec."""
+        self.group.traffic.uncompressed += sum(tensor.nbytes for tensor in tensors)
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:

@@ -3,7 +3,8 @@
 Every reduction is a SUM: losses are divided by the count of the whole step before the backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config.schema import Precision
+from disttrain.grad_compression.compressor import Compressor
 from disttrain.models import Model
 from disttrain.parallel.collectives import Traffic, all_gather_flat, reduce_scatter_flat
 from disttrain.parallel.groups import Group, Groups
@@ -33,7 +35,7 @@ class LossModule(nn.Module):
         return self.model.loss(batch, label_smoothing)
 
 
-def replicate(module: nn.Module, device: torch.device, data: Group) -> nn.Module:
+def replicate(module: nn.Module, device: torch.device, data: Group, compressor: Compressor | None = None) -> nn.Module:
     """A module with gradients summed over the data ranks, overlapping the backward pass (Li et al. 2020)."""
     if data.size == 1:
         return module
@@ -41,7 +43,11 @@ def replicate(module: nn.Module, device: torch.device, data: Group) -> nn.Module
     wrapped = DistributedDataParallel(
         module, device_ids=ids, process_group=data.process_group, gradient_as_bucket_view=True
     )
-    wrapped.register_comm_hook(data, _sum_bucket)
+    if compressor is None:
+        wrapped.register_comm_hook(data, _sum_bucket)
+    else:
+        names: dict[Tensor, str] = {p: name for name, p in module.model.named_parameters()}  # pyright: ignore
+        wrapped.register_comm_hook(CodedBuckets(compressor, names), CodedBuckets.sum_bucket)
     return wrapped
 
 
@@ -51,9 +57,32 @@ def _sum_bucket(data: Group, bucket: GradBucket) -> torch.futures.Future[Tensor]
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]
 
 
+class CodedBuckets:
+    """DDP's buckets, summed through a codec by one thread in the order in which they come, while others are computed."""
+
+    def __init__(self, compressor: Compressor, names: Mapping[Tensor, str]):
+        self._compressor, self._names = compressor, names
+        self._thread = ThreadPoolExecutor(1, "gradients")
+
+    def sum_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """The hook."""
+        summed: torch.futures.Future[Tensor] = torch.futures.Future()
+        self._thread.submit(self._sum, bucket, summed)
+        return summed
+
+    def _sum(self, bucket: GradBucket, summed: torch.futures.Future[Tensor]) -> None:
+        try:
+            names = [self._names[parameter] for parameter in bucket.parameters()]
+            self._compressor.sum_(list(zip(names, bucket.gradients(), strict=True)))
+            summed.set_result(bucket.buffer())
+        except Exception as error:
+            summed.set_exception(error)  # pyright: ignore[reportArgumentType]  its stub is wrong
+
+
 def shard(
-    model: Model, groups: Groups, zero: int, precision: Precision, offload: bool, fill: Callable[[nn.Module, str], None]
-) -> None:
+    model: Model, groups: Groups, zero: int, precision: Precision, offload: bool,
+    fill: Callable[[nn.Module, str], None], compressor: Compressor | None = None,
+) -> None:  # fmt: skip
     """Shard parameters, gradients and optimizer over shard x context, in place (Rajbhandari et al. 2020), by FSDP2.
 
     Stages 1 and 2 keep the whole weights from the forward to the end of the backward pass, stage 3 gathers them anew.
@@ -61,7 +90,8 @@ def shard(
     weights are gathered in that type; gradients are always reduced in the master type. The blocks' norms stay whole on
     every rank, a half per cent of a block or less: they compute in the master type as without ZeRO, and their gradients
     are the engine's to sum. `fill(module, name)` gives a module its storage and values right before it is sharded, so
-    that only one block is ever whole.
+    that only one block is ever whole. A `compressor` sums what FSDP2 would scatter, or, where there are replicas, is the
+    engine's to sum between them.
     """
     low = precision in ("bf16", "fp16")
     policy = MixedPrecisionPolicy(
@@ -69,8 +99,9 @@ def shard(
         reduce_dtype=torch.float32 if low else None,
         cast_forward_inputs=False,
     )
+    replicas = groups.mesh.replicate > 1
     kept: Any = {
-        "mesh": groups.shard_mesh,
+        "mesh": groups.shard_mesh["shard"] if replicas and compressor is not None else groups.shard_mesh,
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     }
     kept_whole: set[nn.Parameter] = set()
@@ -86,8 +117,11 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
         module.set_custom_all_gather(gather)  # pyright: ignore[reportArgumentType]  same shape, private base
-        module.set_custom_reduce_scatter(scatter)  # pyright: ignore[reportArgumentType]
-        if groups.mesh.replicate > 1:
+        coded = (
+            scatter if compressor is None or replicas else CodedReduceScatter(groups.data.traffic, compressor, module)
+        )
+        module.set_custom_reduce_scatter(coded)  # pyright: ignore[reportArgumentType]
+        if replicas and compressor is None:
             module.set_all_reduce_hook(groups.data.traffic.add)
 
 
@@ -155,3 +189,21 @@ class CountedReduceScatter(_Counted):
         if group.size() > 1:
             self.traffic.add(input_tensor)
         return reduce_scatter_flat(output_tensor, input_tensor, group, op, async_op)
+
+
+class CodedReduceScatter(_Counted):
+    """FSDP2's reduction of the gradients of one module through a codec."""
+
+    def __init__(self, traffic: Traffic, compressor: Compressor, module: FSDPModule):
+        super().__init__(traffic)
+        self._compressor, self._module = compressor, module
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        """Reduce-scatter a flat tensor into flat shards. Raises RuntimeError where a parameter has no gradient."""
+        rows = input_tensor.view(group.size(), -1)
+        held = self._module._get_fsdp_state()._fsdp_param_group.fsdp_params  # pyright: ignore  torch tells it nowhere else
+        named = [(p._param_fqn or "", p.padded_sharded_param_size.numel()) for p in held]
+        if sum(width for _, width in named) != rows.shape[1]:
+            names = ", ".join(name for name, _ in named)
+            raise RuntimeError(f"one of these has no gradient, so that they cannot be coded under ZeRO: {names}")
+        self._compressor.scatter(output_tensor, rows, named)

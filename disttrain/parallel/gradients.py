@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from disttrain.grad_compression.compressor import Compressor
 from disttrain.parallel.collectives import reduce_over
 from disttrain.parallel.groups import Group, Groups
 from disttrain.parallel.sharding import LocalParameter
@@ -45,11 +46,21 @@ def sum_tied(parameters: list[LocalParameter], tied: Mapping[str, str], groups: 
             sum_over(groups.tie, [gradient for gradient in (first, copy) if gradient is not None])
 
 
-def complete(parameters: list[LocalParameter], groups: Groups, tied: Mapping[str, str], reduced: bool) -> None:
+def complete(
+    parameters: list[LocalParameter], groups: Groups, tied: Mapping[str, str], reduced: bool,
+    compressor: Compressor | None = None,
+) -> None:  # fmt: skip
     """Sum what neither DDP nor FSDP2 has summed: all plain gradients over the data ranks unless `reduced`, those of
-    norms and biases that saw some positions only over the tensor ranks, and the two of a weight on two stages."""
-    if not reduced:
-        sum_over(groups.data, _present(p for p in parameters if not isinstance(p.parameter, DTensor)))
+    norms and biases that saw some positions only over the tensor ranks, and the two of a weight on two stages. A
+    `compressor` sums whole gradients, and sharded ones over the replicas."""
+    plain = [p for p in parameters if p.gradient is not None and not isinstance(p.parameter, DTensor)]
+    sharded = [p for p in parameters if p.gradient is not None and isinstance(p.parameter, DTensor)]
+    if compressor is None or sharded:  # ZeRO leaves nothing plain but norms
+        sum_over(groups.data, _present(plain) if not reduced else ())
+    elif not reduced and compressor.link.size > 1:
+        compressor.sum_([(p.shard.name, g) for p in plain if (g := p.gradient) is not None])
+    if compressor is not None and sharded and groups.mesh.replicate > 1:
+        compressor.sum_([(p.shard.name, g) for p in sharded if (g := p.gradient) is not None])
     sum_over(groups.tensor, _present(p for p in parameters if p.shard.partial))
     sum_tied(parameters, tied, groups)
 

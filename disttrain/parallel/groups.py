@@ -36,6 +36,8 @@ class Groups:
     pipeline: Group
     data: Group
     """replicate x shard x context: the ranks whose gradients are summed."""
+    replicate: Group
+    """Ranks that hold the same shard (HSDP), or the same weights."""
     world: Group
     tie: Group
     """First and last pipeline rank of the same column; this rank alone where it is neither."""
@@ -59,6 +61,7 @@ def make_groups(mesh: Mesh, rank: int, device_type: str, traffic: Traffic) -> Gr
         context=along("context"),
         pipeline=along("pipeline"),
         data=along("replicate", "shard", "context"),
+        replicate=along("replicate"),
         world=along(*AXES),
         tie=_tie(mesh, rank, traffic),
         shard_mesh=_device_mesh(mesh, rank, device_type, names, [along(*a) for a in axes]),

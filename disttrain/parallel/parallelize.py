@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from disttrain.config.schema import Config, Precision
+from disttrain.grad_compression.compressor import Compressor
 from disttrain.models import Model, build_model, initial_value, tie_weights
 from disttrain.parallel import data
 from disttrain.parallel.context import apply_context_parallel
@@ -34,11 +35,13 @@ class Chunk:
 
 
 def parallelize(
-    config: Config, groups: Groups, device: torch.device, precision: Precision, replicated: bool = True
-) -> list[Chunk]:
+    config: Config, groups: Groups, device: torch.device, precision: Precision, replicated: bool = True,
+    compressor: Compressor | None = None,
+) -> list[Chunk]:  # fmt: skip
     """This rank's stages, filled with their initial weights. All ranks call it together.
 
-    With `replicated` whole gradients are summed over the data ranks by DDP; otherwise by whoever called.
+    With `replicated` whole gradients are summed over the data ranks by DDP, or ZeRO's by FSDP2, through the `compressor`
+    if there is one; otherwise by whoever called.
     """
     parallel, at, ranks = config.parallel, groups.pipeline.rank, groups.pipeline.size
     numbers, layers = [0], [range(config.model.layers)]
@@ -63,13 +66,17 @@ def parallelize(
             _fill(model, module, name, cutting, config.run.seed, groups, device)
 
         if parallel.zero:
-            data.shard(model, groups, parallel.zero, precision, parallel.offload, fill)
+            data.shard(model, groups, parallel.zero, precision, parallel.offload, fill, compressor)
         else:
             fill(model, "")
         module: nn.Module = data.LossModule(model)
         if replicated and not parallel.zero and groups.pipeline.size == 1:
-            module = data.replicate(module, device, groups.data)
-        chunks.append(Chunk(number, model, module, local_parameters(model, groups, cutting, device)))
+            module = data.replicate(module, device, groups.data, compressor)
+        chunk = Chunk(number, model, module, local_parameters(model, groups, cutting, device))
+        if compressor is not None:
+            held = {p.shard.name: p.shard.in_link(groups).local_shape for p in chunk.parameters}
+            compressor.cover(held, held.keys() - cut.splits.keys() if groups.tensor.size > 1 else ())
+        chunks.append(chunk)
     return chunks
 
 

@@ -55,6 +55,11 @@ class Shard:
             bounds[dim] = (min(start + index * size, stop), min(start + (index + 1) * size, stop))
         return tuple(slice(start, stop) for start, stop in bounds)
 
+    def in_link(self, groups: Groups) -> "Shard":
+        """The part whose gradient is summed over the ranks between which gradients are coded: ZeRO cuts it afterwards,
+        where there are no replicas."""
+        return self if groups.mesh.replicate > 1 else replace(self, data_cut=None)
+
     @property
     def local_shape(self) -> torch.Size:
         """Shape of the local part."""

@@ -243,8 +243,7 @@ class _Observed:
 
     def load(self, path: Path) -> None:
         """Take over a checkpoint as training does."""
-        state = self.engine.state_dict()
-        del state["engine"]
+        state = self.engine.to_fill(lambda: checkpoint.shapes(path))
         trainer = checkpoint.load(path, state)
         self.engine.load_state_dict({**state, "engine": trainer["engine"]})
 

@@ -163,8 +163,7 @@ def save(rank: int, config: Config, world: int, folder: Path) -> list[dict[str, 
 
 def resume(rank: int, config: Config, world: int, folder: Path) -> list[dict[str, Any]]:
     engine = make(config, rank, world)
-    state = engine.state_dict()
-    del state["engine"]
+    state = engine.to_fill(dict)
     trainer = checkpoint.load(folder / "step_00000003", state)
     engine.load_state_dict({**state, "engine": trainer["engine"]})
     seen = advance(engine, "gpt", range(3, STEPS))

@@ -40,8 +40,7 @@ def save_and_go_on(rank: int, config: Config, world: int, folder: Path) -> dict:
 def load_and_go_on(rank: int, config: Config, world: int, path: Path) -> dict:
     engine = make_engine(with_values(config, {"run.seed": 999}), rank, world)  # other weights: all must be loaded
     engine.config = config
-    state = engine.state_dict()
-    del state["engine"]
+    state = engine.to_fill(lambda: checkpoint.shapes(path))
     trainer = checkpoint.load(path, state)
     engine.load_state_dict({**state, "engine": trainer["engine"]})
     losses = advance(engine, rank, world, range(trainer["step"] + 1, 7))
@@ -169,8 +168,7 @@ def test_tied_weights_are_stored_once(saved: Path) -> None:
 
 def misfit(rank: int, path: Path) -> str:
     engine = make_engine(config_for("gpt", **{"model.hidden_size": 64, "model.ffn_hidden_size": 128}), rank, 1)
-    state = engine.state_dict()
-    del state["engine"]
+    state = engine.to_fill(lambda: checkpoint.shapes(path))
     try:
         checkpoint.load(path, state)
     except CheckpointFailed as failed:

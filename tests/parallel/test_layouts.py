@@ -60,8 +60,7 @@ def save(rank: int, config: Config, world: int, folder: Path) -> tuple:
 def resume(rank: int, config: Config, world: int, path: Path) -> tuple:
     engine = make_engine(with_values(config, {"run.seed": 999}), rank, world)  # other weights: all must be loaded
     engine.config = config
-    state = engine.state_dict()
-    del state["engine"]
+    state = engine.to_fill(lambda: checkpoint.shapes(path))
     trainer = checkpoint.load(path, state)
     engine.load_state_dict({**state, "engine": trainer["engine"]})
     return advance(engine, range(3, 5)), gathered(engine, "weight")

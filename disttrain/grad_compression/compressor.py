@@ -1,0 +1,173 @@
+"""Sums gradients over a link through a codec, and remembers for each parameter what did not get through yet."""
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from disttrain.config.schema import CompressionConfig
+from disttrain.grad_compression.carriage import Carried, Drawn, carry, scatter_rows
+from disttrain.grad_compression.codecs import CODECS
+from disttrain.grad_compression.link import Link
+from disttrain.grad_compression.powersgd import PowerSGD
+
+Named = Sequence[tuple[str, Tensor]]
+
+
+class Compressor:
+    """The sum of gradients over one group. All its ranks call each method together, with the same names in one order.
+
+    What a step leaves behind becomes valid with `keep`, and is forgotten with `forget`: a skipped step changes nothing.
+    """
+
+    def __init__(self, config: CompressionConfig, link: Link, seed: int):
+        self.link, self._config, self._seed = link, config, seed
+        self.low_rank = PowerSGD(config.rank, config.warm_start) if config.codec == "powersgd" else None
+        self.codec = None if self.low_rank else CODECS[config.codec](config)
+        self.feedback = config.feeds_back
+        self.coded: dict[str, torch.Size] = {}
+        """Local shapes of the parameters that are coded, by name; others travel whole."""
+        self.residual: dict[str, Tensor] = {}
+        """What this rank has put in and nobody has received, unscaled, in the parameter's local shape."""
+        self.factor: dict[str, Tensor] = {}
+        """PowerSGD's right factor of the last step; the same on all ranks."""
+        self._new_residual: dict[str, Tensor] = {}
+        self._new_factor: dict[str, Tensor] = {}
+        self._spent: set[str] = set()
+        self._step, self._calls, self._scale = 0, 0, 1.0
+
+    def cover(self, shapes: Mapping[str, torch.Size], copied: Iterable[str]) -> None:
+        """Decide which parameters of these local shapes are coded. Of those in `copied` other ranks hold copies that must
+        stay equal to this rank's although their gradients go another way."""
+        config, left_out = self._config, set(copied)
+        for name, shape in shapes.items():
+            vocabulary = "embed." in name or "decoder." in name
+            if len(shape) < 2 or shape.numel() < config.min_elements or name in left_out:
+                continue
+            if vocabulary and not config.embeddings:
+                continue
+            if self.nbytes(shape) < 4 * shape.numel():
+                self.coded[name] = shape
+
+    def nbytes(self, shape: torch.Size) -> int:
+        """Bytes of the code of a parameter."""
+        if self.low_rank is not None:
+            return self.low_rank.nbytes((shape[0], shape[1:].numel()))
+        assert self.codec is not None
+        return self.codec.nbytes(-(-shape.numel() // self.codec.block) * self.codec.block)
+
+    def begin(self, step: int, scale: float) -> None:
+        """A step begins; its gradients are `scale` times too large."""
+        self._step, self._scale = step, scale
+        self.forget()
+
+    def keep(self) -> None:
+        """The step's sums were used: what they lack is still to come."""
+        self.residual = {name: left for name, left in self.residual.items() if name not in self._spent}
+        self.residual |= self._new_residual
+        self.factor |= self._new_factor
+        self.forget()
+
+    def forget(self) -> None:
+        """The step's sums were not used."""
+        self._new_residual, self._new_factor, self._spent = {}, {}, set()
+        self._calls = 0
+
+    @torch.no_grad()
+    def sum_(self, named: Named) -> None:
+        """Sum gradients over the group in place."""
+        whole = [(name, gradient) for name, gradient in named if name not in self.coded]
+        coded = [(name, gradient) for name, gradient in named if name in self.coded]
+        if whole:
+            flat = self._whole(torch.cat([self._input(*one) for one in whole]))
+            _fill([gradient for _, gradient in whole], flat.split([gradient.numel() for _, gradient in whole]))
+        if coded:
+            inputs = self._inputs(coded)
+            self.link.instead_of(inputs)
+            sums, lost = self._carried([name for name, _ in coded], inputs)
+            _fill([gradient for _, gradient in coded], sums)
+            self._lose([name for name, _ in coded], lost)
+
+    @torch.no_grad()
+    def scatter(self, out: Tensor, rows: Tensor, named: Sequence[tuple[str, int]]) -> None:
+        """Sum [ranks, n] over the group; row r ends on rank r. The columns are parameters in order, `named` with widths.
+
+        A parameter's rows one after the other are its local rows, filled up.
+        """
+        columns = list(zip((name for name, _ in named), rows.split([width for _, width in named], 1), strict=True))
+        places = out.split([width for _, width in named])
+        whole = [i for i, (name, _) in enumerate(columns) if name not in self.coded]
+        coded = [i for i, (name, _) in enumerate(columns) if name in self.coded]
+        rank = self.link.rank
+        if whole:
+            inputs = [self._input(*columns[i]).view(self.link.size, -1) for i in whole]
+            flat = self._whole(torch.cat(inputs, 1))
+            for i, part in zip(whole, flat[rank].split([places[i].numel() for i in whole]), strict=True):
+                places[i].copy_(part)
+        if not coded:
+            return
+        names = [columns[i][0] for i in coded]
+        inputs = self._inputs([(columns[i][0], columns[i][1]) for i in coded])
+        self.link.instead_of(inputs)
+        if self.codec is not None and self.codec.carried == "exchange":
+            joined = torch.cat([x.view(self.link.size, -1) for x in inputs], 1)
+            n = joined.shape[1]
+            joined = torch.nn.functional.pad(joined, (0, -n % self.codec.block))
+            mine, lost = scatter_rows(self.codec, joined, self.link, self._drawn(names, own=True))
+            widths = [places[i].numel() for i in coded]
+            sums, lost = mine[:n].split(widths), [part.reshape(-1) for part in lost[:, :n].split(widths, 1)]
+        else:
+            sums, lost = self._carried(names, inputs)
+            sums = [part.view(self.link.size, -1)[rank] for part in sums]
+        _fill([places[i] for i in coded], sums)
+        self._lose(names, [part[: self.coded[name].numel()] for name, part in zip(names, lost, strict=True)])
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        self.link.instead_of([tensor])
+        return self.link.sum(tensor)
+
+    def _inputs(self, coded: Named) -> list[Tensor]:
+        """What is coded: all NaN where one element is not finite."""
+        inputs = [self._input(name, gradient) for name, gradient in coded]
+        return [x.add_(x.sum() * 0.0) for x in inputs]  # the sum times 0 is 0 or NaN
+
+    def _input(self, name: str, gradient: Tensor) -> Tensor:
+        """A copy, flat, of a gradient and what there is to feed back; the gradient may be filled up at its end."""
+        x = gradient.reshape(-1).clone()
+        residual = self._new_residual.get(name, None if name in self._spent else self.residual.get(name))
+        if residual is not None:
+            x[: residual.numel()].add_(residual.reshape(-1), alpha=self._scale)
+            self._new_residual.pop(name, None)
+            self._spent.add(name)
+        return x
+
+    def _carried(self, names: Sequence[str], inputs: list[Tensor]) -> Carried:
+        if self.low_rank is None:
+            assert self.codec is not None
+            return carry(self.codec, inputs, self.link, self._drawn(names, own=False), self._drawn(names, own=True))
+        matrices = [x.view(-1, self.coded[name][1:].numel()) for name, x in zip(names, inputs, strict=True)]
+        starts = [self._new_factor.get(name, self.factor.get(name)) for name in names]
+        (sums, lost), factors = self.low_rank.carry(matrices, starts, self.link, self._drawn(names, own=False))
+        self._new_factor |= dict(zip(names, factors, strict=True))
+        return Carried([part.reshape(-1) for part in sums], [part.reshape(-1) for part in lost])
+
+    def _lose(self, names: Sequence[str], lost: Iterable[Tensor]) -> None:
+        for name, left in zip(names, lost, strict=True) if self.feedback else ():
+            self._new_residual[name] = left.div(self._scale).view(self.coded[name])
+
+    def _drawn(self, names: Sequence[str], own: bool) -> Drawn:
+        """Generators that depend on run, step, parameter and, for those of its own, the rank; on nothing before."""
+        self._calls += 1
+        call, rank = self._calls, self.link.rank + 1 if own else 0
+
+        def drawn(number: int) -> torch.Generator:
+            text = f"{self._seed} {self._step} {names[number]} {number} {call} {rank}"
+            return torch.Generator().manual_seed(zlib.crc32(text.encode()))
+
+        return drawn
+
+
+def _fill(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value.view_as(tensor))

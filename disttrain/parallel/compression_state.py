@@ -1,0 +1,91 @@
+"""What coded gradients have left behind, in checkpoints: for any number of ranks and any layout.
+
+A residual is saved for each rank of a link, as a part of the whole parameter. Only their sum matters, so rank r of R takes
+over those of ranks r, r + R, r + 2 R, ... of whoever saved them: all of theirs when there were as many.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from disttrain.grad_compression.compressor import Compressor
+from disttrain.parallel.groups import Groups
+from disttrain.parallel.sharding import LocalParameter, Shard, as_whole, local
+
+State = dict[str, Tensor]
+Saved = Mapping[str, Sequence[int]]
+"""Names and shapes of the tensors of a checkpoint."""
+_PREFIX = "compression."
+
+
+def saved_state(parameters: list[LocalParameter], compressor: Compressor, groups: Groups, mesh: DeviceMesh) -> State:
+    """Residuals and factors of this rank."""
+    state: State = {}
+    for p in parameters:
+        name, shard = p.shard.name, p.shard.in_link(groups)
+        if (residual := compressor.residual.get(name)) is not None and residual.numel():
+            state[f"residual.{compressor.link.rank}.{name}"] = as_whole(shard, residual, mesh)
+        if (factor := compressor.factor.get(name)) is not None:
+            state[_factor(shard)] = factor
+    return state
+
+
+def to_fill(
+    saved: Saved, parameters: list[LocalParameter], compressor: Compressor, tied: Mapping[str, str], groups: Groups,
+    mesh: DeviceMesh,
+) -> State:  # fmt: skip
+    """Tensors for what this rank takes from a checkpoint, to be filled."""
+    state: State = {}
+    for p in parameters:
+        shard = p.shard.in_link(groups)
+        empty = torch.zeros(shard.local_shape, dtype=p.master.dtype, device=p.master.device)
+        if empty.numel():
+            for key in _terms(saved, p.shard, parameters, compressor, tied):
+                state[key] = as_whole(shard, empty.clone(), mesh)
+        key = _factor(shard)
+        if compressor.low_rank is not None and empty.ndim > 1:
+            shape = empty.shape[1:].numel(), min(compressor.low_rank.rank, *empty.shape)
+            if tuple(saved.get(_PREFIX + key, ())) == shape:
+                state[key] = empty.new_zeros(shape)
+    return state
+
+
+def take(
+    state: State, parameters: list[LocalParameter], compressor: Compressor, tied: Mapping[str, str], groups: Groups
+) -> None:
+    """Go on from what `to_fill` had filled."""
+    compressor.residual, compressor.factor = {}, {}
+    saved = {_PREFIX + key: value.shape for key, value in state.items()}
+    for p in parameters:
+        name, shard = p.shard.name, p.shard.in_link(groups)
+        for key in _terms(saved, p.shard, parameters, compressor, tied):
+            term = local(state[key])
+            compressor.residual[name] = compressor.residual[name] + term if name in compressor.residual else term
+        if (factor := state.get(_factor(shard))) is not None:
+            compressor.factor[name] = factor
+
+
+def _terms(
+    saved: Saved, shard: Shard, parameters: list[LocalParameter], compressor: Compressor, tied: Mapping[str, str]
+) -> Iterator[str]:
+    """Names of the residuals that belong to a parameter of this rank, those of a tied copy that is no longer there too."""
+    held = {p.shard.name for p in parameters}
+    names = {shard.name, *(copy for copy, source in tied.items() if source == shard.name and copy not in held)}
+    link = compressor.link
+    for name in sorted(saved):
+        kind, _, rest = name.removeprefix(_PREFIX).partition(".")
+        rank, _, parameter = rest.partition(".")
+        if (
+            name.startswith(_PREFIX)
+            and kind == "residual"
+            and parameter in names
+            and int(rank) % link.size == link.rank
+        ):
+            yield name.removeprefix(_PREFIX)
+
+
+def _factor(shard: Shard) -> str:
+    """A factor belongs to one part of a parameter: another layout starts anew."""
+    return f"factor.{shard.name}.{'x'.join(f'{s.start}-{s.stop}' for s in shard.slices)}"

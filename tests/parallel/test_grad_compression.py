@@ -1,0 +1,220 @@
+"""Coded gradients: nothing is lost but late, the same on every rank, under every layout that has a link to code."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from disttrain import checkpoint
+from disttrain.config.load import with_values
+from disttrain.config.schema import Config, GradientCodec
+from disttrain.engines.native import NativeEngine
+from disttrain.verify.gathering import Gathering
+from tests.parallel.test_data_parallel import config_for, global_batch, make_engine
+from tests.ranks import disagreeing, gathered, run_ranks
+
+CODECS = [codec for codec in get_args(GradientCodec) if codec != "none"]
+STEPS = 3
+LAYOUTS = {
+    "dp2": (2, {}),
+    "dp4": (4, {}),
+    "dp2.mb2": (2, {"train.micro_batch_size": 2}),
+    "tp2.dp2": (4, {"parallel.tensor": 2}),
+    "tp2.sp.dp2": (4, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "cp2.dp2": (4, {"parallel.context": 2}),
+    "pp2.dp2": (
+        4,
+        {
+            "parallel.pipeline": 2,
+            "data.sequence_length": 16,
+            "train.micro_batch_size": 2,
+            "compression.embeddings": False,
+        },
+    ),
+    "dp2.zero1": (2, {"parallel.zero": 1}),
+    "dp2.zero1.mb2": (2, {"parallel.zero": 1, "train.micro_batch_size": 2}),
+    "dp2.zero2.mb2": (2, {"parallel.zero": 2, "train.micro_batch_size": 2}),
+    "dp3.zero3": (3, {"parallel.zero": 3, "train.global_batch_size": 6}),
+    "dp4.zero2.rep2.mb1": (4, {"parallel.zero": 2, "parallel.replicate": 2, "train.micro_batch_size": 1}),
+    "tp2.dp2.zero2": (4, {"parallel.tensor": 2, "parallel.zero": 2}),
+}
+
+
+def coded(codec: str, **values) -> Config:
+    return config_for("gpt", **{
+        "compression.codec": codec, "compression.min_elements": 100, "compression.ratio": 0.1,
+        "compression.threshold": 1.5, "compression.rank": 2, **values,
+    })  # fmt: skip
+
+
+def summed_gradients(rank: int, config: Config, world: int, rate: float, steps: int = STEPS) -> dict:
+    """Sum over the steps of the gradients that were used, and of what is still to come, on rank 0."""
+    engine = make_engine(config, rank, world)
+    used: dict[str, torch.Tensor] = {}
+    apart: list[str] = []
+
+    def keep(moment: str) -> None:
+        if moment == "reduced":
+            for name, gradient in gathered(engine, "gradient").items():
+                used[name] = used.get(name, 0) + gradient
+            apart.extend(disagreeing(engine, "gradient"))
+
+    engine.watch = keep
+    share = config.train.global_batch_size // engine.groups.mesh.data_ranks
+    start = engine.groups.mesh.data_rank(rank) * share
+    size = config.train.micro_batch_size or share
+    for step in range(1, steps + 1):
+        batch = global_batch("gpt", step)
+        engine.step(
+            [{k: v[i : i + size] for k, v in batch.items()} for i in range(start, start + share, size)], step, rate
+        )
+    sent, uncompressed = engine.traffic()
+    apart.extend(disagreeing(engine, "weight"))
+    return {
+        "used": used,
+        "late": residuals(engine),
+        "apart": apart,
+        "sent": sent,
+        "uncompressed": uncompressed,
+        "coded": sorted(engine._compressor.coded) if engine._compressor else [],
+        "weights": gathered(engine, "weight"),
+    }
+
+
+def residuals(engine) -> dict[str, torch.Tensor]:
+    """What all ranks of the links still hold, whole, on rank 0."""
+    compressor = engine._compressor
+    if compressor is None:
+        return {}
+    held = []
+    for p in engine.parameters:
+        shard = p.shard.in_link(engine.groups)
+        residual = compressor.residual.get(p.shard.name, torch.zeros(shard.local_shape, dtype=p.master.dtype)).clone()
+        assert residual.shape == shard.local_shape
+        dist.all_reduce(residual, group=compressor.link.group.process_group)
+        held.append((replace(shard, tied_to=p.shard.tied_to), residual))
+    gathering = Gathering(held, engine.groups)
+    return gathering.bring(None, {"late": gathering.flat(held)}, {}).whole.get("late", {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_nothing_is_lost_but_late(codec: str, layout: str) -> None:
+    world, values = LAYOUTS[layout]
+    if codec not in ("int8", "topk", "powersgd") and layout not in ("dp2", "dp4", "dp2.zero1"):
+        pytest.skip("one codec of each carriage is shown on every layout")
+    config = coded(codec, **{"compression.error_feedback": True, **values})
+    found = run_ranks(summed_gradients, world, config, world, 0.0)[0]
+    alone = config_for("gpt", **{"train.global_batch_size": config.train.global_batch_size})
+    plain = run_ranks(summed_gradients, 1, alone, 1, 0.0)[0]
+    assert found["apart"] == []
+    assert len(found["coded"]) >= 4
+    largest = max(float(g.abs().max()) for g in plain["used"].values())
+    for name, gradient in plain["used"].items():
+        torch.testing.assert_close(found["used"][name] + found["late"][name], gradient, rtol=0, atol=1e-10 * largest)
+    assert any(float(found["late"][name].abs().max()) > 0 for name in found["coded"])
+    assert found["sent"] < found["uncompressed"]
+
+
+def save_and_go_on(rank: int, config: Config, world: int, folder: Path) -> tuple:
+    engine = make_engine(config, rank, world)
+    advance(engine, config, rank, range(1, 4))
+    state = engine.state_dict()
+    checkpoint.save(folder, 3, state, {"step": 3, "engine": state.pop("engine")}, keep=2)
+    late = residuals(engine)
+    advance(engine, config, rank, range(4, 6))
+    return gathered(engine, "weight"), late
+
+
+def load_and_go_on(rank: int, config: Config, world: int, path: Path) -> tuple:
+    engine = make_engine(with_values(config, {"run.seed": 999}), rank, world)
+    engine.config = config
+    if engine._compressor is not None:
+        engine._compressor._seed = config.run.seed
+    state = engine.to_fill(lambda: checkpoint.shapes(path))
+    trainer = checkpoint.load(path, state)
+    engine.load_state_dict({**state, "engine": trainer["engine"]})
+    late = residuals(engine)
+    advance(engine, config, rank, range(4, 6))
+    return gathered(engine, "weight"), late
+
+
+def advance(engine: NativeEngine, config: Config, rank: int, steps: range) -> None:
+    mesh = engine.groups.mesh
+    share = config.train.global_batch_size // mesh.data_ranks
+    start, size = mesh.data_rank(rank) * share, config.train.micro_batch_size or share
+    for step in steps:
+        batch = global_batch("gpt", step)
+        micro_batches = [{k: v[i : i + size] for k, v in batch.items()} for i in range(start, start + share, size)]
+        engine.step(micro_batches, step, learning_rate=1e-2)
+
+
+@pytest.mark.parametrize(("codec", "layout"), [
+    ("topk", "dp4"), ("sign", "dp2.mb2"), ("int4", "dp4"), ("randomk", "dp2"), ("powersgd", "dp4"), ("int8", "dp2"),
+    ("topk", "dp2.zero2.mb2"), ("powersgd", "dp3.zero3"), ("sign", "dp4.zero2.rep2.mb1"), ("powersgd", "pp2.dp2"),
+])  # fmt: skip
+def test_resume_is_bit_exact(tmp_path: Path, codec: str, layout: str) -> None:
+    world, values = LAYOUTS[layout]
+    config = coded(codec, **{**values, "precision": "fp32"})
+    undisturbed, late = run_ranks(save_and_go_on, world, config, world, tmp_path)[0]
+    weights, loaded = run_ranks(load_and_go_on, world, config, world, tmp_path / "step_00000003")[0]
+    for name, residual in late.items():
+        assert torch.equal(loaded[name], residual)
+    for name, weight in undisturbed.items():
+        assert torch.equal(weights[name], weight)
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("dp4", "dp2"), ("dp2", "dp4"), ("dp4", "dp2.zero2.mb2"), ("dp2.zero1", "tp2.dp2"), ("tp2.dp2.zero2", "dp2"),
+    ("dp4.zero2.rep2.mb1", "dp4"), ("dp4", "dp4.zero2.rep2.mb1"), ("pp2.dp2.tied", "dp2"), ("dp2", "pp2.dp2.tied"),
+])  # fmt: skip
+def test_residuals_reach_another_layout(tmp_path: Path, before: str, after: str) -> None:
+    layouts = {**LAYOUTS, "pp2.dp2.tied": (4, {**LAYOUTS["pp2.dp2"][1], "compression.embeddings": True})}
+    (world, values), (later_world, later_values) = layouts[before], layouts[after]
+    config = coded("topk", **{**values, "compression.error_feedback": True})
+    _, late = run_ranks(save_and_go_on, world, config, world, tmp_path)[0]
+    config = coded("topk", **{**later_values, "compression.error_feedback": True})
+    _, loaded = run_ranks(load_and_go_on, later_world, config, later_world, tmp_path / "step_00000003")[0]
+    names = late.keys() if "tied" not in before + after else late.keys() - {"embed.tokens.weight"}
+    assert sum(float(late[name].abs().sum()) for name in names) > 0
+    for name in names:
+        torch.testing.assert_close(loaded[name], late[name], rtol=0, atol=1e-12)
+
+
+def overflowing(rank: int, config: Config, world: int) -> dict:
+    engine = make_engine(config, rank, world)
+    advance(engine, config, rank, range(1, 3))
+    assert engine._compressor is not None
+    before = {name: residual.clone() for name, residual in engine._compressor.residual.items()}
+    factors = {name: factor.clone() for name, factor in engine._compressor.factor.items()}
+    handle = None
+    if rank == world - 1:  # one element on one rank
+        parameter = next(p for p in engine.parameters if p.shard.name == "blocks.1.mlp.up.weight").parameter
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            gradient[0, 0] = float("inf")
+            return gradient
+
+        handle = parameter.register_hook(spoil)
+    share = config.train.global_batch_size // world
+    batch = {k: v[rank * share : (rank + 1) * share] for k, v in global_batch("gpt", 3).items()}
+    result = engine.step([batch], 3, 1e-2)
+    if handle is not None:
+        handle.remove()
+    kept = all(torch.equal(engine._compressor.residual[name], residual) for name, residual in before.items())
+    kept &= all(torch.equal(engine._compressor.factor[name], factor) for name, factor in factors.items())
+    again = engine.step([batch], 4, 1e-2)
+    return {"skipped": result.skipped, "kept": kept, "fed back": len(before), "again": again.skipped,
+            "scale": result.loss_scale / again.loss_scale}  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_overflow_on_one_rank_is_a_skip_on_all_and_feeds_nothing_back(codec: str) -> None:
+    config = coded(codec, **{"precision": "fp16", "loss_scale.initial": 1024.0, "compression.error_feedback": True})
+    for found in run_ranks(overflowing, 2, config, 2):
+        assert found == {"skipped": True, "kept": True, "fed back": found["fed back"], "again": False, "scale": 2.0}
+        assert found["fed back"] >= 6

@@ -1,0 +1,136 @@
+"""The contract of every codec: shapes, promised bytes, unbiasedness where claimed, what is lost, what is not finite."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from disttrain.config.schema import CompressionConfig, GradientCodec
+from disttrain.grad_compression.codecs import CODECS, Codec, Threshold, pack, unpack
+
+NAMES = [name for name in get_args(GradientCodec) if name not in ("none", "powersgd")]
+ROWS, N = 3, 2048
+
+
+def codec_of(name: str, **values) -> Codec:
+    return CODECS[name](CompressionConfig(codec=name, **values))
+
+
+def rows(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Values of very different sizes, as gradients are."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(ROWS, N, generator=generator, dtype=torch.float64)
+    return (x * torch.logspace(-4, 0, N, dtype=torch.float64)).to(dtype)
+
+
+def through(codec: Codec, x: torch.Tensor, seed: int = 1) -> torch.Tensor:
+    code = codec.encode(x, torch.Generator().manual_seed(seed))
+    return codec.decode(code, x.shape[1], x.dtype, torch.Generator().manual_seed(seed))
+
+
+def test_all_are_in_the_table() -> None:
+    assert set(NAMES) == set(CODECS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_shape_type_and_promised_bytes(name: str, dtype: torch.dtype) -> None:
+    codec, x = codec_of(name), rows(dtype=dtype)
+    x = x[:1] if isinstance(codec, Threshold) else x
+    code = codec.encode(x, torch.Generator().manual_seed(1))
+    assert N % codec.block == 0
+    bytes_of_a_row = code.nbytes // len(x) // (dtype.itemsize // 4 if codec.carried == "sum" else 1)
+    assert bytes_of_a_row <= codec.nbytes(N) if isinstance(codec, Threshold) else bytes_of_a_row == codec.nbytes(N)
+    assert codec.nbytes(N) < 4 * N
+    back = codec.decode(code, N, dtype, torch.Generator().manual_seed(1))
+    assert (back.shape, back.dtype) == (x.shape, dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_smaller_than_what_went_in(name: str) -> None:
+    """Which error feedback needs: a contraction (Karimireddy et al. 2019, assumption A), of the whole or in the mean."""
+    codec, x = codec_of(name, error_feedback=True), rows()
+    x = x[:1] if isinstance(codec, Threshold) else x
+    lost = [float((x - through(codec, x, seed)).square().sum() / x.square().sum()) for seed in range(20)]
+    limit = {"fp16": 1e-6, "bf16": 1e-5, "int8": 1e-3, "int4": 0.1}.get(name, 1.0)
+    assert 0 < sum(lost) / len(lost) < limit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unbiased_where_claimed(name: str) -> None:
+    codec, x = codec_of(name, error_feedback=False), rows()
+    x = x[:1] if isinstance(codec, Threshold) else x[:, :2000] if name == "randomk" else x
+    draws = 1000 if name == "randomk" else 100
+    outcomes = [through(codec, x, seed) for seed in range(draws)]
+    mean = sum(outcomes) / draws
+    spread = (sum((o - mean).square() for o in outcomes) / draws).sqrt()
+    error = (mean - x).norm() / x.norm()
+    if codec.unbiased:
+        assert float(error) < 3 * float(spread.norm() / x.norm()) / math.sqrt(draws)
+    assert codec.unbiased == (name in ("int8", "int4", "qsgd", "randomk"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_generator_gives_the_same_code(name: str) -> None:
+    codec, x = codec_of(name, error_feedback=False), rows()[:1]
+    codes = [codec.encode(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(codes[0], codes[1])
+    drawn = name in ("int8", "int4", "qsgd", "randomk")
+    assert torch.equal(codes[0], codes[2]) != drawn
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_not_finite_stays_so(name: str, value: float) -> None:
+    """The compressor makes a whole vector NaN when one element is not finite; that much every codec must tell."""
+    codec = codec_of(name)
+    x = torch.full((1, N), math.nan)
+    assert not through(codec, x).isfinite().all()
+    if name not in ("randomk", "threshold", "sign"):
+        x = rows()[:1]
+        x[0, 700] = value
+        assert not through(codec, x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros_stay_zero(name: str) -> None:
+    codec = codec_of(name)
+    assert torch.equal(through(codec, torch.zeros(1, N)), torch.zeros(1, N))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_packing(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    packed = pack(codes, bits)
+    assert packed.shape == (3, 64 * bits // 8)
+    assert torch.equal(unpack(packed, bits, 64), codes)
+
+
+def test_quantisers_by_hand() -> None:
+    x = torch.zeros(1, 256)
+    x[0, :4] = torch.tensor([127.0, -127.0, 1.0, 0.5])
+    back = through(codec_of("int8"), x)
+    assert back[0, :3].tolist() == pytest.approx([127.0, -127.0, 1.0], rel=1e-6)
+    assert round(float(back[0, 3])) in (0, 1)
+
+
+def test_signs_by_hand() -> None:
+    x = torch.cat([torch.full((512,), 3.0), torch.full((512,), -1.0)]).view(1, -1)
+    assert torch.equal(
+        through(codec_of("sign"), x), torch.cat([torch.full((512,), 2.0), torch.full((512,), -2.0)])[None]
+    )
+
+
+def test_top_k_by_hand() -> None:
+    x = torch.zeros(1, 300)
+    x[0, [7, 90, 200]] = torch.tensor([-4.0, 2.0, 1.0])
+    kept = through(codec_of("topk"), x)
+    assert kept[0].nonzero().flatten().tolist() == [7, 90, 200]
+    assert kept[0, 7] == -4.0
+
+
+def test_threshold_by_hand() -> None:
+    x = torch.ones(1, 100)
+    x[0, 5] = 20.0  # the root mean square is 2.23
+    assert through(codec_of("threshold"), x)[0].nonzero().flatten().tolist() == [5]
