@@ -125,11 +125,12 @@ class Recorder:
 
     def _write(self, step: int, learning_rate: float, result: StepResult) -> None:
         with self.excluded("logging"):
-            sent, uncompressed = self._session.engine.traffic()
+            traffic = self._session.engine.traffic()
             busy, seconds = self._session.engine.bubble() or (None, None)
             reading = read_rank(
                 self._session.rank.rank, self._session.device.type,
-                comm_bytes=sent, comm_bytes_uncompressed=uncompressed, data_seconds=self._data_seconds,
+                comm_bytes=traffic.handed, comm_bytes_uncompressed=traffic.uncompressed, wire_bytes=traffic.on_wire,
+                data_seconds=self._data_seconds,
                 pipeline_busy_seconds=busy, pipeline_seconds=seconds,
             )  # fmt: skip
             self._data_seconds = 0.0

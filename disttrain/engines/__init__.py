@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from disttrain.config.schema import Config, Precision
 from disttrain.models.layers import LossSum
+from disttrain.parallel.collectives import Counted
 from disttrain.parallel.groups import Groups
 from disttrain.parallel.sharding import Shard
 from disttrain.precision import LossScale
@@ -60,8 +61,8 @@ class Engine(Protocol):
         """Sums over all ranks of every objective and score of these batches, without gradients or dropout."""
         ...
 
-    def traffic(self) -> tuple[int, int]:
-        """Bytes handed to collectives since the last call: (sent, without compression)."""
+    def traffic(self) -> Counted:
+        """Bytes handed to collectives since the last call, before and after codecs, and on the wire."""
         ...
 
     def bubble(self) -> tuple[float, float] | None:

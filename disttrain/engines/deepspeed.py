@@ -27,7 +27,7 @@ from disttrain.models import Model
 from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
 from disttrain.parallel import sharding
-from disttrain.parallel.collectives import reduce_over
+from disttrain.parallel.collectives import Counted, reduce_over
 from disttrain.parallel.groups import Groups
 from disttrain.parallel.parallelize import parallelize
 from disttrain.precision import LossScale, autocast
@@ -159,8 +159,8 @@ class DeepSpeedEngine:
         self.engine.train()
         return totals
 
-    def traffic(self) -> tuple[int, int]:
-        """Bytes handed to collectives since the last call, DeepSpeed's own ones included."""
+    def traffic(self) -> Counted:
+        """Bytes since the last call, those of DeepSpeed's own collectives included."""
         return self.groups.world.traffic.take()
 
     def bubble(self) -> None:

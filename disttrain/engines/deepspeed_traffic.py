@@ -5,33 +5,36 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from disttrain.parallel.collectives import Traffic
+from disttrain.parallel.collectives import Traffic, all_gathered, all_reduced, exchanged, reduce_scattered
 
-SENT: dict[str, int] = {
-    "all_reduce": 0, "reduce": 0, "broadcast": 0, "all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1,
-    "all_to_all_single": 1, "all_gather_coalesced": 1,
+SENT: dict[str, tuple[int, Callable[..., float]]] = {
+    "all_reduce": (0, all_reduced), "reduce": (0, exchanged), "broadcast": (0, exchanged), "all_gather": (1, all_gathered),
+    "all_gather_into_tensor": (1, all_gathered), "reduce_scatter_tensor": (1, reduce_scattered),
+    "all_to_all_single": (1, exchanged), "all_gather_coalesced": (1, all_gathered),
 }  # fmt: skip
-"""Collectives of DeepSpeed's backend, and which argument this rank hands over."""
+"""Collectives of DeepSpeed's backend, which argument this rank hands over, and how often that crosses a wire."""
 
 
 def count_traffic(traffic: Traffic) -> None:
     """Let every collective of DeepSpeed's backend count on `traffic` from now on; the last caller's counts."""
     backend = import_module("deepspeed.comm.comm").cdb
-    for name, place in SENT.items():
+    for name, (place, ring) in SENT.items():
         method = getattr(backend, name, None)
         if method is not None:
-            setattr(backend, name, _counted(getattr(method, "__wrapped__", method), place, traffic))
+            setattr(backend, name, _counted(getattr(method, "__wrapped__", method), place, ring, traffic))
 
 
-def _counted(method: Callable, place: int, traffic: Traffic) -> Callable:
+def _counted(method: Callable, place: int, ring: Callable[..., float], traffic: Traffic) -> Callable:
     @wraps(method)
     def counted(*args: Any, **kwargs: Any) -> Any:
         sent = args[place] if len(args) > place else kwargs.get("input_tensor", kwargs.get("tensor"))
         for tensor in sent if isinstance(sent, list | tuple) else [sent]:
             if isinstance(tensor, Tensor):
-                traffic.add(tensor)
+                ranks = dist.get_world_size()
+                traffic.add(tensor, ring(ranks, tensor.device) if ring is reduce_scattered else ring(ranks))
         return method(*args, **kwargs)
 
     return counted

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from disttrain.config.schema import Config, Precision
 from disttrain.engines import Reduction, horovod_world
 from disttrain.engines.native import NativeEngine
-from disttrain.parallel.collectives import any_rank
+from disttrain.parallel.collectives import all_reduced, any_rank
 from disttrain.parallel.groups import Groups
 
 
@@ -146,5 +146,5 @@ def as_own_means(named: Iterable[tuple[str, nn.Parameter]], ranks: int) -> None:
 def count(tensors: Iterable[Tensor], groups: Groups, half: bool) -> None:
     """Count what is handed to Horovod; `half` where it travels as fp16. Nothing leaves a rank that is alone."""
     for tensor in tensors if groups.data.size > 1 else ():
-        groups.data.traffic.sent += tensor.numel() * 2 if half else tensor.nbytes
-        groups.data.traffic.uncompressed += tensor.nbytes
+        handed = tensor.numel() * 2 if half else tensor.nbytes
+        groups.data.traffic.count(handed, tensor.nbytes, all_reduced(groups.data.size) * handed)

@@ -16,7 +16,7 @@ from disttrain.models import Model
 from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
 from disttrain.parallel import compression_state, data, gradients, sharding
-from disttrain.parallel.collectives import GroupLink, reduce_over
+from disttrain.parallel.collectives import Counted, GroupLink, reduce_over
 from disttrain.parallel.groups import Groups
 from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
@@ -136,11 +136,11 @@ class NativeEngine:
         if self._settled or not batches:
             return
         traffic = self.groups.world.traffic
-        before = (traffic.sent, traffic.uncompressed)
+        before = traffic.total
         self._backward(batches[-1], scaled, last=True)
         for p in self.parameters:
             p.parameter.grad = None
-        traffic.sent, traffic.uncompressed = before
+        traffic.total = before
         if self._compressor is not None:
             self._compressor.forget()
         self._settled = True
@@ -223,8 +223,8 @@ class NativeEngine:
             return (run(self._model, batch, None) for batch in batches)
         return self._pipeline.evaluate(batches, run, lambda batch: self._hidden_shape(*batch["tokens"].shape))
 
-    def traffic(self) -> tuple[int, int]:
-        """Bytes handed to collectives since the last call."""
+    def traffic(self) -> Counted:
+        """Bytes since the last call."""
         return self.groups.world.traffic.take()
 
     def bubble(self) -> tuple[float, float] | None:
@@ -310,7 +310,7 @@ def _make_compressor(config: Config, groups: Groups) -> Compressor | None:
         return None
     between_replicas = config.parallel.zero and groups.mesh.replicate > 1
     link = GroupLink(groups.replicate if between_replicas else groups.data)
-    return Compressor(config.compression, link, config.run.seed)
+    return Compressor(config.compression, link, config.run.seed) if link.size > 1 else None
 
 
 def _no_moments(master: Tensor) -> dict[str, Tensor]:

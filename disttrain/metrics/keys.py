@@ -86,6 +86,9 @@ _ALL = (
     ),
     Metric("comm_bytes_uncompressed_per_step", "bytes", "the same, had no codec been used", _STEP_END),
     Metric(
+        "wire_bytes_per_step", "bytes", "what leaves the rank with the most in the n steps / n, with rings", _STEP_END
+    ),
+    Metric(
         "pipeline_bubble_fraction",
         "-",
         "1 - time in which stages computed / time inside the schedule, both summed over ranks and the n steps; "

@@ -33,6 +33,8 @@ class RankReading:
     """Time in which this rank's stages computed since the last step record; None without pipeline stages."""
     pipeline_seconds: float | None = None
     """Time inside the pipeline's schedule since the last step record; None without pipeline stages."""
+    wire_bytes: float = 0.0
+    """Bytes that left this rank since the last step record, with rings."""
 
 
 def read_rank(rank: int, device_type: str, **counters: Any) -> RankReading:
@@ -79,6 +81,7 @@ def reduce_ranks(readings: Sequence[RankReading], interval_steps: int = 1) -> di
             record[f"{field}_max_rank"] = None if rank is None else -rank
     record["comm_bytes_per_step"] = max(r.comm_bytes for r in readings) / interval_steps
     record["comm_bytes_uncompressed_per_step"] = max(r.comm_bytes_uncompressed for r in readings) / interval_steps
+    record["wire_bytes_per_step"] = max(r.wire_bytes for r in readings) / interval_steps
     record["data_seconds"] = max(r.data_seconds for r in readings) / interval_steps
     record["pipeline_bubble_fraction"] = _bubble(readings)
     return record

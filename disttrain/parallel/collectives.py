@@ -1,8 +1,9 @@
 """Collectives that count the bytes they are handed; a world of one goes through the same calls and sends nothing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,31 +13,66 @@ if TYPE_CHECKING:
     from disttrain.parallel.groups import Group
 
 
+class Counted(NamedTuple):
+    """Bytes of one rank in some time."""
+
+    handed: int = 0
+    """Payload handed to collectives."""
+    uncompressed: int = 0
+    """The same, had no codec been used."""
+    on_wire: float = 0.0
+    """What leaves the rank when rings carry it (docs/measurement.md)."""
+
+
 @dataclass
 class Traffic:
-    """Bytes this rank handed to collectives since the last `take`: payload before any algorithm's own overhead."""
+    """Bytes since the last `take`. Gradients may be summed by a thread of their own."""
 
-    sent: int = 0
-    uncompressed: int = 0
+    total: Counted = Counted()
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
-    def add(self, tensor: Tensor) -> None:
-        """Count one tensor; nothing leaves a rank that is alone."""
+    def add(self, tensor: Tensor, ring: float = 1.0) -> None:
+        """Count one tensor, `ring` times its bytes on the wire; nothing leaves a rank that is alone."""
         if dist.get_world_size() > 1:
-            self.sent += tensor.nbytes
-            self.uncompressed += tensor.nbytes
+            self.count(tensor.nbytes, tensor.nbytes, ring * tensor.nbytes)
 
-    def take(self) -> tuple[int, int]:
-        """(bytes sent, bytes without compression) since the last call."""
-        taken = (self.sent, self.uncompressed)
-        self.sent = self.uncompressed = 0
+    def count(self, handed: int, uncompressed: int, on_wire: float) -> None:
+        """Count bytes."""
+        with self._lock:
+            before = self.total
+            self.total = Counted(before.handed + handed, before.uncompressed + uncompressed, before.on_wire + on_wire)
+
+    def take(self) -> Counted:
+        """What was counted since the last call."""
+        taken, self.total = self.total, Counted()
         return taken
+
+
+def all_reduced(ranks: int) -> float:
+    """How many times its payload leaves a rank in a ring all-reduce (Patarasuk and Yuan 2009)."""
+    return 2 * (ranks - 1) / ranks
+
+
+def all_gathered(ranks: int) -> float:
+    """The same for an all-gather of each rank's payload."""
+    return ranks - 1
+
+
+def exchanged(ranks: int) -> float:
+    """The same for an all-to-all of the whole payload."""
+    return (ranks - 1) / ranks
+
+
+def reduce_scattered(ranks: int, device: torch.device) -> float:
+    """The same for a reduce-scatter of the whole payload. gloo all-reduces and drops what it did not want."""
+    return all_reduced(ranks) if device.type == "cpu" else (ranks - 1) / ranks
 
 
 def reduce_over(group: "Group", tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over a group, counting its bytes, and return the tensor."""
     if group.size > 1:
         dist.all_reduce(tensor, op=op, group=group.process_group)
-        group.traffic.add(tensor)
+        group.traffic.add(tensor, all_reduced(group.size))
     return tensor
 
 
@@ -73,26 +109,26 @@ class GroupLink:
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduce in place."""
         dist.all_reduce(tensor, group=self.group.process_group)
-        self.group.traffic.sent += tensor.nbytes
+        self.group.traffic.count(tensor.nbytes, 0, all_reduced(self.size) * tensor.nbytes)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All-gather [n] into [ranks, n]."""
         gathered = tensor.new_empty(self.size * tensor.numel())
         all_gather_flat(gathered, tensor.contiguous(), self.group.process_group)
-        self.group.traffic.sent += tensor.nbytes
+        self.group.traffic.count(tensor.nbytes, 0, all_gathered(self.size) * tensor.nbytes)
         return gathered.view(self.size, -1)
 
     def exchange(self, rows: Tensor) -> Tensor:
         """All-to-all of the rows of [ranks, n]."""
         got = torch.empty_like(rows, memory_format=torch.contiguous_format)
         dist.all_to_all_single(got.view(-1), rows.contiguous().view(-1), group=self.group.process_group)
-        self.group.traffic.sent += rows.nbytes
+        self.group.traffic.count(rows.nbytes, 0, exchanged(self.size) * rows.nbytes)
         return got
 
     def instead_of(self, tensors: Sequence[Tensor]) -> None:
         """Count what would have been handed over without a codec."""
-        self.group.traffic.uncompressed += sum(tensor.nbytes for tensor in tensors)
+        self.group.traffic.count(0, sum(tensor.nbytes for tensor in tensors), 0.0)
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:

@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from disttrain.parallel.collectives import all_gather_flat, reduce_scatter_flat
+from disttrain.parallel.collectives import (
+    all_gather_flat,
+    all_gathered,
+    all_reduced,
+    exchanged,
+    reduce_scatter_flat,
+    reduce_scattered,
+)
 from disttrain.parallel.groups import Group
 
 Pending = Callable[[], Tensor]
@@ -51,7 +58,7 @@ def own_range(size: int, group: Group) -> range:
 def start_all_reduce(x: Tensor, group: Group) -> Pending:
     """Start summing over the group, in place where x is contiguous."""
     x = x.contiguous()
-    group.traffic.add(x)
+    group.traffic.add(x, all_reduced(group.size))
     work = dist.all_reduce(x, group=group.process_group, async_op=True)
     return _after(work, lambda: x)
 
@@ -59,7 +66,7 @@ def start_all_reduce(x: Tensor, group: Group) -> Pending:
 def start_gather(x: Tensor, dim: int, group: Group) -> Pending:
     """Start joining the ranks' equal chunks along dim."""
     x = x.contiguous()
-    group.traffic.add(x)
+    group.traffic.add(x, all_gathered(group.size))
     gathered = x.new_empty(group.size, *x.shape)
     work = all_gather_flat(gathered, x[None], group.process_group, async_op=True)
     return _after(work, lambda: _join(gathered, dim))
@@ -68,7 +75,7 @@ def start_gather(x: Tensor, dim: int, group: Group) -> Pending:
 def start_reduce_scatter(x: Tensor, dim: int, group: Group) -> Pending:
     """Start summing over the group; each rank gets its chunk along dim."""
     chunks = _cut(x, dim, group.size)
-    group.traffic.add(chunks)
+    group.traffic.add(chunks, reduce_scattered(group.size, x.device))
     summed = chunks.new_empty(chunks.shape[1:])
     work = reduce_scatter_flat(summed[None], chunks, group.process_group, async_op=True)
     return _after(work, lambda: summed)
@@ -84,7 +91,7 @@ def _after(work: Any, result: Pending) -> Pending:
 
 def _exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:
     chunks = _cut(x, split_dim, group.size)
-    group.traffic.add(chunks)
+    group.traffic.add(chunks, exchanged(group.size))
     received = torch.empty_like(chunks)
     dist.all_to_all_single(received, chunks, group=group.process_group)
     return _join(received, concat_dim)

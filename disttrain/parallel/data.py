@@ -6,6 +6,7 @@ Every reduction is a SUM: losses are divided by the count of the whole step befo
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.config.schema import Precision
 from disttrain.grad_compression.compressor import Compressor
 from disttrain.models import Model
-from disttrain.parallel.collectives import Traffic, all_gather_flat, reduce_scatter_flat
+from disttrain.parallel.collectives import (
+    Traffic,
+    all_gather_flat,
+    all_gathered,
+    all_reduced,
+    reduce_scatter_flat,
+    reduce_scattered,
+)
 from disttrain.parallel.groups import Group, Groups
 from disttrain.precision import COMPUTE_DTYPE
 
@@ -52,7 +60,7 @@ def replicate(module: nn.Module, device: torch.device, data: Group, compressor: 
 
 
 def _sum_bucket(data: Group, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    data.traffic.add(bucket.buffer())
+    data.traffic.add(bucket.buffer(), all_reduced(data.size))
     work = dist.all_reduce(bucket.buffer(), group=data.process_group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]
 
@@ -122,7 +130,7 @@ def shard(
         )
         module.set_custom_reduce_scatter(coded)  # pyright: ignore[reportArgumentType]
         if replicas and compressor is None:
-            module.set_all_reduce_hook(groups.data.traffic.add)
+            module.set_all_reduce_hook(partial(groups.data.traffic.add, ring=all_reduced(groups.mesh.replicate)))
 
 
 def norms(block: nn.Module) -> set[nn.Parameter]:
@@ -177,7 +185,7 @@ class CountedAllGather(_Counted):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         """All-gather flat shards into one flat tensor."""
         if group.size() > 1:
-            self.traffic.add(input_tensor)
+            self.traffic.add(input_tensor, all_gathered(group.size()))
         return all_gather_flat(output_tensor, input_tensor, group, async_op)
 
 
@@ -187,7 +195,7 @@ class CountedReduceScatter(_Counted):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         """Reduce-scatter a flat tensor into flat shards."""
         if group.size() > 1:
-            self.traffic.add(input_tensor)
+            self.traffic.add(input_tensor, reduce_scattered(group.size(), input_tensor.device))
         return reduce_scatter_flat(output_tensor, input_tensor, group, op, async_op)
 
 

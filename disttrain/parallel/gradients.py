@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from disttrain.grad_compression.compressor import Compressor
-from disttrain.parallel.collectives import reduce_over
+from disttrain.parallel.collectives import all_reduced, reduce_over
 from disttrain.parallel.groups import Group, Groups
 from disttrain.parallel.sharding import LocalParameter
 
@@ -23,7 +23,7 @@ def sum_over(group: Group, tensors: Iterable[Tensor]) -> None:
     pending = []
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
-        group.traffic.add(flat)
+        group.traffic.add(flat, all_reduced(group.size))
         pending.append((dist.all_reduce(flat, group=group.process_group, async_op=True), flat, bucket))
     for work, flat, bucket in pending:
         work.wait()
@@ -57,7 +57,7 @@ def complete(
     sharded = [p for p in parameters if p.gradient is not None and isinstance(p.parameter, DTensor)]
     if compressor is None or sharded:  # ZeRO leaves nothing plain but norms
         sum_over(groups.data, _present(plain) if not reduced else ())
-    elif not reduced and compressor.link.size > 1:
+    elif not reduced:
         compressor.sum_([(p.shard.name, g) for p in plain if (g := p.gradient) is not None])
     if compressor is not None and sharded and groups.mesh.replicate > 1:
         compressor.sum_([(p.shard.name, g) for p in sharded if (g := p.gradient) is not None])

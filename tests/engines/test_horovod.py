@@ -109,7 +109,7 @@ def test_fp16_compression_halves_the_gradients(references: dict) -> None:
     for got, want in zip(half["seen"], references["gpt"]["seen"], strict=True):
         assert got == pytest.approx(want, rel=1e-3)
     gradients = STEPS * sum(weight.nbytes for weight in plain["weights"].values())
-    (plain_sent, plain_whole), (sent, whole) = plain["traffic"], half["traffic"]
+    (plain_sent, plain_whole, _), (sent, whole, _) = plain["traffic"], half["traffic"]
     assert plain_sent == plain_whole == whole
     assert plain_sent - sent == gradients / 2
     assert distance(half, plain) > 0  # it really was compressed

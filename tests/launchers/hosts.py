@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with own names, reached by Open MPI without ssh."""
+"""Hosts on one machine: network namespaces with own names and a link that can be limited, reached without ssh."""
 
 import os
 import subprocess
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 class Hosts:
-    """Two hosts joined by a bridge; all of it is gone afterwards."""
+    """Hosts joined by a bridge; all of it is gone afterwards."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, count: int = 2):
         tag = f"{os.getpid() % 100000:x}"
-        self.names = [f"dt{tag}n{index}" for index in (1, 2)]
+        self.names = [f"dt{tag}n{index}" for index in range(1, count + 1)]
         self.bridge = f"dt{tag}br"
         self.net = f"10.{100 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
-        self.addresses = [f"{self.net}.{index}" for index in (1, 2)]
+        self.addresses = [f"{self.net}.{index}" for index in range(1, count + 1)]
         self.agent = folder / "agent.sh"
 
     @property
@@ -22,6 +22,18 @@ class Hosts:
         network = f"{self.net}.0/24"
         return ["--mca", "plm_rsh_agent", str(self.agent), "--mca", "oob_tcp_if_include", network, "--mca",
                 "btl_tcp_if_include", network, "--map-by", "node", "--host", ",".join(self.names)]  # fmt: skip
+
+    def limit(self, rate: str | None) -> None:
+        """Let each host send and receive at most so much, as tc writes it ("100mbit"), or as much as it can."""
+        for name in self.names:
+            for command in (["tc", "-n", name, "qdisc", "del", "dev", "eth0", "root"],
+                            ["tc", "qdisc", "del", "dev", f"v{name}", "root"]):  # fmt: skip
+                subprocess.run(command, check=False, capture_output=True)
+            if rate is not None:
+                burst = "256kb" if rate.endswith("gbit") else "64kb"  # some milliseconds' worth, or it is not reached
+                limit = ["root", "tbf", "rate", rate, "burst", burst, "latency", "100ms"]
+                run("tc", "-n", name, "qdisc", "add", "dev", "eth0", *limit)
+                run("tc", "qdisc", "add", "dev", f"v{name}", *limit)
 
     def __enter__(self) -> "Hosts":
         try:

@@ -34,6 +34,16 @@ LAYOUTS = {
             "compression.embeddings": False,
         },
     ),
+    "pp2.dp2.zero2": (
+        4,
+        {
+            "parallel.pipeline": 2,
+            "data.sequence_length": 16,
+            "train.micro_batch_size": 2,
+            "parallel.zero": 2,
+            "compression.embeddings": False,
+        },
+    ),
     "dp2.zero1": (2, {"parallel.zero": 1}),
     "dp2.zero1.mb2": (2, {"parallel.zero": 1, "train.micro_batch_size": 2}),
     "dp2.zero2.mb2": (2, {"parallel.zero": 2, "train.micro_batch_size": 2}),
@@ -71,7 +81,7 @@ def summed_gradients(rank: int, config: Config, world: int, rate: float, steps: 
         engine.step(
             [{k: v[i : i + size] for k, v in batch.items()} for i in range(start, start + share, size)], step, rate
         )
-    sent, uncompressed = engine.traffic()
+    sent, uncompressed, on_wire = engine.traffic()
     apart.extend(disagreeing(engine, "weight"))
     return {
         "used": used,
@@ -79,6 +89,7 @@ def summed_gradients(rank: int, config: Config, world: int, rate: float, steps: 
         "apart": apart,
         "sent": sent,
         "uncompressed": uncompressed,
+        "on wire": on_wire,
         "coded": sorted(engine._compressor.coded) if engine._compressor else [],
         "weights": gathered(engine, "weight"),
     }

@@ -234,6 +234,7 @@ def test_the_worst_rank_is_named():
         "host_rss_current_bytes_max": 6,
         "comm_bytes_per_step": 75.0,
         "comm_bytes_uncompressed_per_step": 100.0,
+        "wire_bytes_per_step": 0.0,
         "data_seconds": 0.5,
         "pipeline_bubble_fraction": None,
     }
@@ -391,6 +392,7 @@ CONTRACT = [
     "host_rss_bytes_max",
     "comm_bytes_per_step",
     "comm_bytes_uncompressed_per_step",
+    "wire_bytes_per_step",
     "pipeline_bubble_fraction",
     "pipeline_bubble_fraction_theory",
 ]
