@@ -1,6 +1,7 @@
 """Codecs: vectors of gradients become bytes and vectors again. Each is a value; what it needs to remember is elsewhere.
 
-A codec works on rows, float32 or float64 [rows, n], each coded by itself. A row of NaN must not come out finite.
+A codec works on rows, float32 or float64 [rows, n], each coded by itself. A row of NaN must not come out finite. Coders of
+blocks work on `PART` elements at a time, which stay in the processor's cache.
 """
 
 import math
@@ -37,8 +38,11 @@ class Codec(Protocol):
         """Bytes of the code of n elements; the most it can be where that depends on them (Threshold)."""
         ...
 
-    def encode(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """The code of each row: numbers that may be added for "sum", else uint8 [rows, nbytes(n)]."""
+    def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
+        """The code of each row: numbers that may be added for "sum", else uint8 [rows, nbytes(n)].
+
+        With `lost`, x is left with what the code lacks: x before = decoded + x after.
+        """
         ...
 
     def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -59,9 +63,12 @@ class Cast:
         """Two bytes an element."""
         return 2 * n
 
-    def encode(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
         """Round to nearest."""
-        return x.to(self.dtype).view(torch.uint8)
+        code = x.to(self.dtype)
+        if lost:
+            x.sub_(code)
+        return code.view(torch.uint8)
 
     def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Exact."""
@@ -84,11 +91,14 @@ class RandomK:
         """Four bytes a value that is sent, in float32."""
         return 4 * math.ceil(n / self.every)
 
-    def encode(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
         """The chosen values."""
         places, sizes = self._draw(x.shape[1], generator, x.device)
         chosen = x.gather(1, places.expand(len(x), -1))
-        return chosen * sizes if self.unbiased else chosen
+        code = chosen * sizes if self.unbiased else chosen
+        if lost:
+            x.scatter_(1, places.expand(len(x), -1), chosen - code)
+        return code
 
     def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Zero where nothing was chosen."""
@@ -129,25 +139,30 @@ class Quantiser:
         """The codes, and four bytes a block."""
         return n * self.bits // 8 + 4 * (n // self.block)
 
-    def encode(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Scales, then codes."""
-        blocks = x.view(len(x), -1, self.block)
-        scale = (blocks.abs().amax(-1) if self.norm == "max" else blocks.norm(dim=-1)).float()
-        steps = torch.where(scale > 0, self.levels / scale, scale)
-        codes = blocks.float() * steps.unsqueeze(-1)
+    def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
+        """Scales, then codes. Blocks that are a `PART` apart are rounded by the same random numbers."""
+        rounding = torch.full((1, self.block), 0.5).to(x)  # what is added before decimals are cut off
         if self.unbiased:
-            codes = codes.add_(torch.rand(blocks.shape, generator=generator).to(x.device)).floor_()
-        else:
-            codes = codes.round_()
-        codes = codes.add_(self.levels).nan_to_num_(0.0).clamp_(0, 2 * self.levels).to(torch.uint8).view(len(x), -1)
-        return torch.cat([scale.view(torch.uint8).view(len(x), -1), pack(codes, self.bits)], 1)
+            rounding = torch.rand(PART // self.block, self.block, generator=generator).to(x)
+        rounding += self.levels  # so that codes are not negative
+
+        def part(blocks: Tensor) -> tuple[Tensor, Tensor]:
+            scale = blocks.abs().amax(1) if self.norm == "max" else torch.linalg.vector_norm(blocks, dim=1)
+            steps = torch.where(scale > 0, self.levels / scale, scale).unsqueeze(1)
+            codes = torch.addcmul(rounding[: len(blocks)], blocks, steps).clamp_(min=0)
+            codes = codes.to(torch.int16).to(torch.uint8)  # torch has vector code for this way only
+            return scale.float(), pack(codes, self.bits)
+
+        return encode_blocks(self, x, part, lost)
 
     def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Code times scale."""
-        head = 4 * (n // self.block)
-        scale = _as(code[:, :head], torch.float32)
-        codes = unpack(code[:, head:], self.bits, n).to(dtype).view(len(code), -1, self.block)
-        return codes.sub_(self.levels).mul_((scale.to(dtype) / self.levels).unsqueeze(-1)).view(len(code), n)
+        return decode_blocks(self, code, n, dtype)
+
+    def values(self, scale: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """[blocks, block]."""
+        codes = unpack(packed, self.bits, self.block).to(dtype)
+        return codes.sub_(self.levels).mul_((scale.to(dtype) / self.levels).unsqueeze(1))
 
 
 @dataclass(frozen=True)
@@ -155,6 +170,7 @@ class Sign:
     """One bit a value, and the block's mean magnitude (Bernstein et al. 2018; Karimireddy et al. 2019: with feedback)."""
 
     block: int = 1024
+    bits: int = 1
     carried: Carried = "exchange"
     unbiased: bool = False
 
@@ -162,17 +178,55 @@ class Sign:
         """One bit an element, and four bytes a block."""
         return n // 8 + 4 * (n // self.block)
 
-    def encode(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
         """Scales, then bits."""
-        scale = x.view(len(x), -1, self.block).abs().mean(-1).float()
-        return torch.cat([scale.view(torch.uint8).view(len(x), -1), pack((x >= 0).to(torch.uint8), 1)], 1)
+
+        def part(blocks: Tensor) -> tuple[Tensor, Tensor]:
+            bits = blocks.view(torch.int32 if blocks.itemsize == 4 else torch.int64)
+            negative = (bits >> (8 * blocks.itemsize - 1)).to(torch.uint8)  # 255 or 0
+            return blocks.abs().mean(1).float(), pack(negative & 1, 1)
+
+        return encode_blocks(self, x, part, lost)
 
     def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Plus or minus the scale."""
-        head = 4 * (n // self.block)
-        scale = _as(code[:, :head], torch.float32).to(dtype).unsqueeze(-1)
-        signs = unpack(code[:, head:], 1, n).to(dtype).mul_(2).sub_(1).view(len(code), -1, self.block)
-        return signs.mul_(scale).view(len(code), n)
+        return decode_blocks(self, code, n, dtype)
+
+    def values(self, scale: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """[blocks, block]."""
+        scale = scale.to(dtype).unsqueeze(1)
+        return unpack(packed, 1, self.block).to(dtype).mul_(-2 * scale).add_(scale)
+
+
+PART = 1 << 16
+"""Elements that are coded at a time."""
+
+
+def encode_blocks(
+    codec: Quantiser | Sign, x: Tensor, part: Callable[[Tensor], tuple[Tensor, Tensor]], lost: bool
+) -> Tensor:
+    """Each row's scales, then its packed values. `part` makes both of [blocks, block]."""
+    blocks = x.view(-1, codec.block)
+    scales = torch.empty(len(blocks), dtype=torch.float32, device=x.device)
+    packed = torch.empty(len(blocks), codec.block * codec.bits // 8, dtype=torch.uint8, device=x.device)
+    for start in range(0, len(blocks), PART // codec.block):
+        here = slice(start, start + PART // codec.block)
+        scales[here], packed[here] = part(blocks[here])
+        if lost:
+            blocks[here] -= codec.values(scales[here], packed[here], x.dtype)
+    return torch.cat([scales.view(torch.uint8).view(len(x), -1), packed.view(len(x), -1)], 1)
+
+
+def decode_blocks(codec: Quantiser | Sign, code: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `encode_blocks`, but for what is lost: [rows, n]."""
+    head = 4 * (n // codec.block)
+    scales = _as(code[:, :head], torch.float32).view(-1)
+    packed = code[:, head:].reshape(len(scales), -1)
+    x = torch.empty(len(scales), codec.block, dtype=dtype, device=code.device)
+    for start in range(0, len(scales), PART // codec.block):
+        here = slice(start, start + PART // codec.block)
+        x[here] = codec.values(scales[here], packed[here], dtype)
+    return x.view(len(code), n)
 
 
 @dataclass(frozen=True)
@@ -192,10 +246,9 @@ class TopK:
         """Four bytes a place and two (bfloat16) a value."""
         return 6 * self.count(n)
 
-    def encode(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
         """Places, then values."""
-        places = x.abs().topk(self.count(x.shape[1]), dim=1, sorted=False).indices
-        return places_and_values(x, places)
+        return places_and_values(x, x.abs().topk(self.count(x.shape[1]), dim=1, sorted=False).indices, lost)
 
     def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Zero elsewhere."""
@@ -218,19 +271,22 @@ class Threshold:
         """At most: four bytes a place and two (bfloat16) a value."""
         return 6 * int(n / self.times**2)
 
-    def encode(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
         """Places, then values, of one row; of all where it is not finite."""
-        rms = x.square().mean().sqrt()
-        return places_and_values(x, (~(x[0].abs() < self.times * rms)).nonzero().view(1, -1))
+        rms = torch.linalg.vector_norm(x) / math.sqrt(x.numel())
+        return places_and_values(x, (~(x[0].abs() < self.times * rms)).nonzero().view(1, -1), lost)
 
     def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Zero elsewhere."""
         return scattered(code, code.shape[1] // 6, n, dtype)
 
 
-def places_and_values(x: Tensor, places: Tensor) -> Tensor:
-    """Bytes [rows, 6 k]: int32 places, then bfloat16 values."""
-    values = x.gather(1, places).to(torch.bfloat16)
+def places_and_values(x: Tensor, places: Tensor, lost: bool) -> Tensor:
+    """Bytes [rows, 6 k]: int32 places, then bfloat16 values. With `lost`, x keeps their rounding errors there."""
+    exact = x.gather(1, places)
+    values = exact.to(torch.bfloat16)
+    if lost:
+        x.scatter_(1, places, exact - values)
     return torch.cat([places.int().view(torch.uint8), values.view(torch.uint8)], 1)
 
 
@@ -243,28 +299,24 @@ def scattered(code: Tensor, count: int, n: int, dtype: torch.dtype) -> Tensor:
 
 def _as(code: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes read as numbers; copied, since they may begin anywhere."""
-    return code.clone(memory_format=torch.contiguous_format).view(dtype)
+    return code.reshape(-1).clone().view(dtype).view(len(code), code.shape[1] // dtype.itemsize)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, n] of values below 2 ** bits into [rows, n * bits / 8]."""
-    if bits == 8:
-        return codes
-    each = 8 // bits
-    parts = codes.view(len(codes), -1, each).unbind(-1)
-    packed = parts[0].clone()
+    """uint8 [blocks, n] of values below 2 ** bits into [blocks, n * bits / 8]: a byte holds values n * bits / 8 apart."""
+    parts = codes.view(len(codes), 8 // bits, -1).unbind(1)
+    packed = parts[0].clone() if bits < 8 else codes
     for place, part in enumerate(parts[1:], start=1):
         packed |= part << (bits * place)
     return packed
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of `pack`: uint8 [rows, n]."""
+    """The inverse of `pack`: uint8 [blocks, n]."""
     if bits == 8:
         return packed
-    mask, each = 2**bits - 1, 8 // bits
-    parts = [(packed >> (bits * place)) & mask for place in range(each)]
-    return torch.stack(parts, -1).view(len(packed), n)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(1, -1, 1)
+    return ((packed.unsqueeze(1) >> shifts) & (2**bits - 1)).view(-1, n)
 
 
 Maker = Callable[..., Codec]

@@ -1,5 +1,6 @@
 """Sums gradients over a link through a codec, and remembers for each parameter what did not get through yet."""
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from disttrain.config.schema import CompressionConfig
-from disttrain.grad_compression.carriage import Carried, Drawn, carry, scatter_rows
+from disttrain.grad_compression.carriage import Drawn, carry, scatter_rows
 from disttrain.grad_compression.codecs import CODECS
 from disttrain.grad_compression.link import Link
 from disttrain.grad_compression.powersgd import PowerSGD
@@ -83,11 +84,11 @@ class Compressor:
             flat = self._whole(torch.cat([self._input(*one) for one in whole]))
             _fill([gradient for _, gradient in whole], flat.split([gradient.numel() for _, gradient in whole]))
         if coded:
-            inputs = self._inputs(coded)
+            names, inputs = [name for name, _ in coded], self._inputs(coded)
             self.link.instead_of(inputs)
-            sums, lost = self._carried([name for name, _ in coded], inputs)
+            sums, lost = self._carried(names, inputs)
+            self._lose(names, lost)
             _fill([gradient for _, gradient in coded], sums)
-            self._lose([name for name, _ in coded], lost)
 
     @torch.no_grad()
     def scatter(self, out: Tensor, rows: Tensor, named: Sequence[tuple[str, int]]) -> None:
@@ -114,14 +115,14 @@ class Compressor:
             joined = torch.cat([x.view(self.link.size, -1) for x in inputs], 1)
             n = joined.shape[1]
             joined = torch.nn.functional.pad(joined, (0, -n % self.codec.block))
-            mine, lost = scatter_rows(self.codec, joined, self.link, self._drawn(names, own=True))
+            mine = scatter_rows(self.codec, joined, self.link, self._drawn(names, own=True), self.feedback)
             widths = [places[i].numel() for i in coded]
-            sums, lost = mine[:n].split(widths), [part.reshape(-1) for part in lost[:, :n].split(widths, 1)]
+            sums, lost = mine[:n].split(widths), [part.reshape(-1) for part in joined[:, :n].split(widths, 1)]
         else:
             sums, lost = self._carried(names, inputs)
             sums = [part.view(self.link.size, -1)[rank] for part in sums]
-        _fill([places[i] for i in coded], sums)
         self._lose(names, [part[: self.coded[name].numel()] for name, part in zip(names, lost, strict=True)])
+        _fill([places[i] for i in coded], sums)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         self.link.instead_of([tensor])
@@ -130,11 +131,18 @@ class Compressor:
     def _inputs(self, coded: Named) -> list[Tensor]:
         """What is coded: all NaN where one element is not finite."""
         inputs = [self._input(name, gradient) for name, gradient in coded]
-        return [x.add_(x.sum() * 0.0) for x in inputs]  # the sum times 0 is 0 or NaN
+        for x in inputs:
+            total = x.sum()
+            if x.device.type != "cpu":
+                x += total * 0.0  # 0 or NaN, without waiting for it
+            elif not math.isfinite(total):
+                x.fill_(math.nan)
+        return inputs
 
     def _input(self, name: str, gradient: Tensor) -> Tensor:
-        """A copy, flat, of a gradient and what there is to feed back; the gradient may be filled up at its end."""
-        x = gradient.reshape(-1).clone()
+        """A gradient and what there is to feed back, flat, in the gradient's memory where that can be; it may be filled up
+        at its end."""
+        x = gradient.reshape(-1)
         residual = self._new_residual.get(name, None if name in self._spent else self.residual.get(name))
         if residual is not None:
             x[: residual.numel()].add_(residual.reshape(-1), alpha=self._scale)
@@ -142,15 +150,17 @@ class Compressor:
             self._spent.add(name)
         return x
 
-    def _carried(self, names: Sequence[str], inputs: list[Tensor]) -> Carried:
+    def _carried(self, names: Sequence[str], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The sums, and what got lost of this rank's inputs, perhaps in their memory."""
+        common, own = self._drawn(names, own=False), self._drawn(names, own=True)
         if self.low_rank is None:
             assert self.codec is not None
-            return carry(self.codec, inputs, self.link, self._drawn(names, own=False), self._drawn(names, own=True))
+            return carry(self.codec, inputs, self.link, common, own, self.feedback)
         matrices = [x.view(-1, self.coded[name][1:].numel()) for name, x in zip(names, inputs, strict=True)]
         starts = [self._new_factor.get(name, self.factor.get(name)) for name in names]
-        (sums, lost), factors = self.low_rank.carry(matrices, starts, self.link, self._drawn(names, own=False))
+        sums, factors = self.low_rank.carry(matrices, starts, self.link, common, self.feedback)
         self._new_factor |= dict(zip(names, factors, strict=True))
-        return Carried([part.reshape(-1) for part in sums], [part.reshape(-1) for part in lost])
+        return [part.reshape(-1) for part in sums], inputs
 
     def _lose(self, names: Sequence[str], lost: Iterable[Tensor]) -> None:
         for name, left in zip(names, lost, strict=True) if self.feedback else ():

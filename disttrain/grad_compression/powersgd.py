@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from disttrain.grad_compression.carriage import Carried, Drawn
+from disttrain.grad_compression.carriage import Drawn
 from disttrain.grad_compression.link import Link
 
 
@@ -23,21 +23,22 @@ class PowerSGD:
         rows, columns = shape
         return 4 * min(self.rank, rows, columns) * (rows + columns)
 
-    def carry(self, matrices: Sequence[Tensor], starts: Sequence[Tensor | None], link: Link, common: Drawn
-              ) -> tuple[Carried, list[Tensor]]:  # fmt: skip
-        """Sum matrices over the link, and the right factors to start from next time.
+    def carry(
+        self, matrices: Sequence[Tensor], starts: Sequence[Tensor | None], link: Link, common: Drawn, lost: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The sums of matrices over the link, and the right factors to start from next time.
 
-        What is left of one matrix by the common columns is this rank's to feed back; over the ranks these add up to what
-        is left of the sum.
+        With `lost`, the matrices are left with what the common columns leave of them: this rank's to feed back. Over the
+        ranks these add up to what is left of the sum.
         """
         right = [self._start(m, q, common(i)) for i, (m, q) in enumerate(zip(matrices, starts, strict=True))]
         left = self._summed([m @ q for m, q in zip(matrices, right, strict=True)], link)
         left = [torch.linalg.qr(p).Q for p in left]
         own = [m.T @ p for m, p in zip(matrices, left, strict=True)]
         right = self._summed(own, link)
-        sums = [p @ q.T for p, q in zip(left, right, strict=True)]
-        lost = [torch.addmm(m, p, q.T, alpha=-1) for m, p, q in zip(matrices, left, own, strict=True)]
-        return Carried(sums, lost), right
+        for m, p, q in zip(matrices, left, own, strict=True) if lost else ():
+            m.addmm_(p, q.T, alpha=-1)
+        return [p @ q.T for p, q in zip(left, right, strict=True)], right
 
     def _start(self, matrix: Tensor, start: Tensor | None, generator: torch.Generator) -> Tensor:
         rows, columns = matrix.shape

@@ -25,7 +25,7 @@ def rows(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def through(codec: Codec, x: torch.Tensor, seed: int = 1) -> torch.Tensor:
-    code = codec.encode(x, torch.Generator().manual_seed(seed))
+    code = codec.encode(x.clone(), torch.Generator().manual_seed(seed), False)
     return codec.decode(code, x.shape[1], x.dtype, torch.Generator().manual_seed(seed))
 
 
@@ -38,7 +38,7 @@ def test_all_are_in_the_table() -> None:
 def test_shape_type_and_promised_bytes(name: str, dtype: torch.dtype) -> None:
     codec, x = codec_of(name), rows(dtype=dtype)
     x = x[:1] if isinstance(codec, Threshold) else x
-    code = codec.encode(x, torch.Generator().manual_seed(1))
+    code = codec.encode(x, torch.Generator().manual_seed(1), False)
     assert N % codec.block == 0
     bytes_of_a_row = code.nbytes // len(x) // (dtype.itemsize // 4 if codec.carried == "sum" else 1)
     assert bytes_of_a_row <= codec.nbytes(N) if isinstance(codec, Threshold) else bytes_of_a_row == codec.nbytes(N)
@@ -55,6 +55,17 @@ def test_the_loss_is_smaller_than_what_went_in(name: str) -> None:
     lost = [float((x - through(codec, x, seed)).square().sum() / x.square().sum()) for seed in range(20)]
     limit = {"fp16": 1e-6, "bf16": 1e-5, "int8": 1e-3, "int4": 0.1}.get(name, 1.0)
     assert 0 < sum(lost) / len(lost) < limit
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_decoded_and_lost_are_the_input(name: str, feedback: bool) -> None:
+    codec, x = codec_of(name, error_feedback=feedback), rows(dtype=torch.float64)
+    x = x[:1] if isinstance(codec, Threshold) else x
+    left = x.clone()
+    code = codec.encode(left, torch.Generator().manual_seed(5), True)
+    decoded = codec.decode(code, N, torch.float64, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(decoded + left, x, rtol=0, atol=1e-14 * float(decoded.abs().max()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +85,7 @@ def test_unbiased_where_claimed(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_generator_gives_the_same_code(name: str) -> None:
     codec, x = codec_of(name, error_feedback=False), rows()[:1]
-    codes = [codec.encode(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    codes = [codec.encode(x.clone(), torch.Generator().manual_seed(seed), False) for seed in (1, 1, 2)]
     assert torch.equal(codes[0], codes[1])
     drawn = name in ("int8", "int4", "qsgd", "randomk")
     assert torch.equal(codes[0], codes[2]) != drawn
