@@ -146,11 +146,13 @@ class RankMemory(NamedTuple):
     activations: ActivationBytes
     host: int
     """What of the state ZeRO keeps in host memory (parallel.offload)."""
+    feedback: int = 0
+    """Residuals of coded gradients: one value for each that this rank codes, twice while a step may still be skipped."""
 
     @property
     def total(self) -> float:
         """Bytes where it computes, host memory of offloading apart."""
-        return self.state.total + self.activations.total - self.host
+        return self.state.total + self.activations.total + self.feedback - self.host
 
 
 def predict(config: Config, mesh: Mesh, precision: Precision, micro_batches: int) -> list[RankMemory]:
@@ -173,8 +175,31 @@ def predict(config: Config, mesh: Mesh, precision: Precision, micro_batches: int
         activations = _activations(config, mesh, precision, micro_batches, rank, held, last)
         moved = parallel.offload and parallel.zero
         host = state.weight + state.optimizer + (state.gradient if parallel.zero > 1 else 0) if moved else 0
-        found.append(RankMemory(held, parameters, state, activations, host))
+        feedback = sum(
+            _residual_bytes(config, mesh, precision, layers[n], n == 0, n == size * virtual - 1) for n in numbers
+        )
+        found.append(RankMemory(held, parameters, state, activations, host, feedback))
     return found
+
+
+def _residual_bytes(config: Config, mesh: Mesh, precision: Precision, layers: range, first: bool, last: bool) -> int:
+    """What error feedback remembers of a stage: of its cut parameters under tensor parallelism, of shards under HSDP."""
+    compression, zero = config.compression, config.parallel.zero
+    alone = mesh.replicate * mesh.shard * mesh.context == 1
+    if compression.codec == "none" or not compression.feeds_back or alone:
+        return 0
+    shapes = parameter_shapes(config.model, layers, first, last, tensor=mesh.tensor)
+    if mesh.tensor > 1:
+        whole = parameter_shapes(config.model, layers, first, last)
+        shapes = {name: shape for name, shape in shapes.items() if shape != whole[name]}
+    shards = mesh.shard * mesh.context if zero and mesh.replicate > 1 else 1
+    total = 0
+    for name, (rows, *others) in shapes.items():
+        vocabulary = name.startswith("embed.") or "decoder." in name
+        elements = prod((-(-rows // shards), *others))
+        if others and elements >= compression.min_elements and (compression.embeddings or not vocabulary):
+            total += elements
+    return total * costs.state_bytes_per_parameter(precision).weight * (2 if precision == "fp16" else 1)
 
 
 def _activations(

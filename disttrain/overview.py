@@ -111,7 +111,7 @@ def _memory(config: Config, mesh: Mesh) -> Group:
     state = worst.state
     parts = {"weights": state.weight, "gathered weights" if config.parallel.zero else "low-precision copy":
              state.compute_copy, "gradients": state.gradient, "optimizer": state.optimizer,
-             "activations": worst.activations.total, "of these in host memory": worst.host}  # fmt: skip
+             "error feedback": worst.feedback, "activations": worst.activations.total, "of these in host memory": worst.host}  # fmt: skip
     for name, amount in parts.items():
         if amount:
             table.add_row(name, size(amount))

@@ -70,7 +70,7 @@ class NativeEngine:
         batches = [self._prepare(batch) for batch in micro_batches]
         counts, tokens = self._count(batches)
         if self._compressor is not None:
-            self._compressor.begin(step, self.scale.value)
+            self._compressor.begin(step, self.scale.value, may_skip=self.scale.dynamic or not self._settled)
         sums = self._forward_and_backward(batches, counts)
         totals = reduce_over(self.groups.world, sums)
         if self._reduction is not None:
@@ -142,7 +142,7 @@ class NativeEngine:
             p.parameter.grad = None
         traffic.total = before
         if self._compressor is not None:
-            self._compressor.forget()
+            self._compressor.forget()  # and the step itself may change residuals later, with `keep`
         self._settled = True
 
     def _backward(self, batch: dict[str, Tensor], scaled: Callable, last: bool) -> Tensor:

@@ -19,7 +19,8 @@ Named = Sequence[tuple[str, Tensor]]
 class Compressor:
     """The sum of gradients over one group. All its ranks call each method together, with the same names in one order.
 
-    What a step leaves behind becomes valid with `keep`, and is forgotten with `forget`: a skipped step changes nothing.
+    What a step leaves behind becomes valid with `keep`, and is forgotten with `forget`: a skipped step changes nothing. The
+    residual of a parameter that is not coded any more is used up at once.
     """
 
     def __init__(self, config: CompressionConfig, link: Link, seed: int):
@@ -36,7 +37,7 @@ class Compressor:
         self._new_residual: dict[str, Tensor] = {}
         self._new_factor: dict[str, Tensor] = {}
         self._spent: set[str] = set()
-        self._step, self._calls, self._scale = 0, 0, 1.0
+        self._step, self._calls, self._scale, self._may_skip = 0, 0, 1.0, True
 
     def cover(self, shapes: Mapping[str, torch.Size], copied: Iterable[str]) -> None:
         """Decide which parameters of these local shapes are coded. Of those in `copied` other ranks hold copies that must
@@ -58,9 +59,10 @@ class Compressor:
         assert self.codec is not None
         return self.codec.nbytes(-(-shape.numel() // self.codec.block) * self.codec.block)
 
-    def begin(self, step: int, scale: float) -> None:
-        """A step begins; its gradients are `scale` times too large."""
-        self._step, self._scale = step, scale
+    def begin(self, step: int, scale: float, may_skip: bool) -> None:
+        """A step begins; its gradients are `scale` times too large. One that cannot be skipped changes the residuals at
+        once, which spares the memory of new ones beside the old."""
+        self._step, self._scale, self._may_skip = step, scale, may_skip
         self.forget()
 
     def keep(self) -> None:
@@ -164,7 +166,11 @@ class Compressor:
 
     def _lose(self, names: Sequence[str], lost: Iterable[Tensor]) -> None:
         for name, left in zip(names, lost, strict=True) if self.feedback else ():
-            self._new_residual[name] = left.div(self._scale).view(self.coded[name])
+            if self._may_skip or name not in self.residual:
+                self._new_residual[name] = left.div(self._scale).view(self.coded[name])
+            else:
+                torch.div(left, self._scale, out=self.residual[name].view(-1))
+                self._spent.discard(name)
 
     def _drawn(self, names: Sequence[str], own: bool) -> Drawn:
         """Generators that depend on run, step, parameter and, for those of its own, the rank; on nothing before."""

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from disttrain import checkpoint
+from disttrain import checkpoint, memory
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, GradientCodec
 from disttrain.engines.native import NativeEngine
+from disttrain.mesh import build_mesh
 from disttrain.verify.gathering import Gathering
 from tests.parallel.test_data_parallel import config_for, global_batch, make_engine
 from tests.ranks import disagreeing, gathered, run_ranks
@@ -90,6 +91,7 @@ def summed_gradients(rank: int, config: Config, world: int, rate: float, steps: 
         "sent": sent,
         "uncompressed": uncompressed,
         "on wire": on_wire,
+        "bytes": sum(r.nbytes for r in engine._compressor.residual.values()) if engine._compressor else 0,
         "coded": sorted(engine._compressor.coded) if engine._compressor else [],
         "weights": gathered(engine, "weight"),
     }
@@ -131,6 +133,8 @@ def test_nothing_is_lost_but_late(codec: str, layout: str) -> None:
         torch.testing.assert_close(found["used"][name] + found["late"][name], gradient, rtol=0, atol=1e-10 * largest)
     assert any(float(found["late"][name].abs().max()) > 0 for name in found["coded"])
     assert found["sent"] < found["uncompressed"]
+    predicted = memory.predict(config, build_mesh(config.parallel, world), "fp64", 2)[0].feedback
+    assert found["bytes"] == pytest.approx(predicted, rel=0.02)
 
 
 def save_and_go_on(rank: int, config: Config, world: int, folder: Path) -> tuple:
