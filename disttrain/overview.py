@@ -109,9 +109,15 @@ def _memory(config: Config, mesh: Mesh) -> Group:
     table.add_column("what")
     table.add_column("bytes", justify="right")
     state = worst.state
-    parts = {"weights": state.weight, "gathered weights" if config.parallel.zero else "low-precision copy":
-             state.compute_copy, "gradients": state.gradient, "optimizer": state.optimizer,
-             "error feedback": worst.feedback, "activations": worst.activations.total, "of these in host memory": worst.host}  # fmt: skip
+    parts = {
+        "weights": state.weight,
+        "gathered weights" if config.parallel.zero else "low-precision copy": state.compute_copy,
+        "gradients": state.gradient,
+        "optimizer": state.optimizer,
+        "error feedback": worst.feedback,
+        "activations": worst.activations.total,
+        "of these in host memory": worst.host,
+    }
     for name, amount in parts.items():
         if amount:
             table.add_row(name, size(amount))
