@@ -74,7 +74,8 @@ class CodedBuckets:
 
     def sum_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """The hook."""
-        summed: torch.futures.Future[Tensor] = torch.futures.Future()
+        device = bucket.buffer().device
+        summed: torch.futures.Future[Tensor] = torch.futures.Future(devices=[device] if device.type == "cuda" else None)
         self._thread.submit(self._sum, bucket, summed)
         return summed
 
