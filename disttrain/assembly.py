@@ -15,9 +15,9 @@ from disttrain.engines import Engine
 from disttrain.launch import RankInfo
 from disttrain.mesh import Mesh, build_mesh
 from disttrain.metrics import FlopsPerSequence
-from disttrain.parallel import own_model, world
+from disttrain.parallel import codec_choice, own_model, world
 from disttrain.parallel.collectives import Traffic
-from disttrain.parallel.groups import make_groups
+from disttrain.parallel.groups import Groups, make_groups
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Session:
     device_name: str
     peak_flops: tuple[float, str] | None
     """Dense peak FLOP/s of one device in the run's precision and where the figure is from; None when unknown."""
+    choice: codec_choice.Choice | None = None
+    """What `compression.codec=auto` compared."""
 
     @property
     def data_rank(self) -> int:
@@ -77,11 +79,23 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: floa
     })  # fmt: skip
     corpus = data.open_data(config, prepared)
     world.start(rank, device.type, timeout_s)
-    engine = engines.build(config, make_groups(mesh, rank.rank, device.type, Traffic()), device, chosen)
+    groups = make_groups(mesh, rank.rank, device.type, Traffic())
+    choice = _choose_codec(config, groups, device)
+    if config.compression.codec == "auto":
+        config = with_values(config, {"compression.codec": choice.best.codec if choice else "none"})
+    engine = engines.build(config, groups, device, chosen)
     parameters, flops = _size(config)
     name = _device_name(device)
     peak = hardware.peak_flops(name, chosen)
-    return Session(config, rank, mesh, device, corpus, engine, parameters, flops, name, peak)
+    return Session(config, rank, mesh, device, corpus, engine, parameters, flops, name, peak, choice)
+
+
+def _choose_codec(config: Config, groups: Groups, device: torch.device) -> codec_choice.Choice | None:
+    """What `compression.codec=auto` finds; None where it is not asked, or a rank sends nothing to anybody."""
+    group = groups.coded(config.parallel.zero)
+    if config.compression.codec != "auto" or group.size == 1:
+        return None
+    return codec_choice.choose(config, groups, group, device)
 
 
 def _size(config: Config) -> tuple[int, FlopsPerSequence]:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -62,7 +63,11 @@ def _train(session: Session, folder: Path, interruption: Interruption) -> str:
         write_atomically(folder / deepspeed_config.FILE, json.dumps(theirs, indent=1))
     began_before = (folder / "metrics.jsonl").exists() and session.config.checkpoint.resume != "never"
     resumed = checkpoint.step_of(start) if start else 0 if began_before else None
+    if session.choice is not None:
+        Console().print(session.choice.table(), "")
     with open_loggers(session.config, folder, header(session, resumed), resumed) as loggers:
+        if session.choice is not None:
+            loggers.event("codec_chosen", session.choice.reason, **asdict(session.choice))
         reason = train_from_checkpoint(session, Recorder(session, loggers), interruption)
         table = drawn(folder, loggers)  # before the loggers close: sinks take the files of the report along
     if table is not None:

@@ -21,7 +21,10 @@ def compression_problems(config: Config, world_size: int) -> Iterator[Problem]:
     compression, parallel = config.compression, config.parallel
     for name in CompressionConfig.model_fields:
         codecs = READ_BY.get(name, () if name == "codec" else None)
-        unread = compression.codec == "none" if codecs is None else bool(codecs) and compression.codec not in codecs
+        if codecs is None:
+            unread = compression.codec == "none"
+        else:
+            unread = bool(codecs) and compression.codec not in (*codecs, "auto")
         if unread and given(config, f"compression.{name}"):
             fix = f"compression.codec={codecs[0]}" if codecs else "another compression.codec"
             yield no_effect(config, f"compression.{name}", "compression.codec", fix)

@@ -17,7 +17,7 @@ PipelineSchedule = Literal[
 ]
 
 GradientCodec = Literal[
-    "none", "fp16", "bf16", "int8", "int4", "qsgd", "topk", "randomk", "threshold", "sign", "powersgd"
+    "none", "auto", "fp16", "bf16", "int8", "int4", "qsgd", "topk", "randomk", "threshold", "sign", "powersgd"
 ]
 
 Positive = Annotated[int, Field(gt=0)]
@@ -230,7 +230,8 @@ class CompressionConfig(Section):
     """Gradient compression: what travels when gradients are summed over the data ranks (docs/compression.md)."""
 
     codec: GradientCodec = "none"
-    """How gradients are coded on the wire (`disttrain.grad_compression.codecs` names the papers)."""
+    """How gradients are coded on the wire (`disttrain.grad_compression.codecs` names the papers). auto measures the link and
+    the codecs when a run starts or goes on, and says what it takes and why."""
     error_feedback: bool | None = None
     """Add what a code has lost to the next step's gradient. When not given: off for fp16, bf16, int8 and qsgd, which lose
     rounding errors only, on for the others."""

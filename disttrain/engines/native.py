@@ -305,12 +305,11 @@ class NativeEngine:
 
 
 def _make_compressor(config: Config, groups: Groups) -> Compressor | None:
-    """For the ranks that hold the same shard, where gradients are whole or there are replicas; else for all data ranks."""
-    if config.compression.codec == "none":
+    """What sums gradients between ranks; None where they stay whole, or where there is nobody to send them to."""
+    group = groups.coded(config.parallel.zero)
+    if config.compression.codec == "none" or group.size == 1:
         return None
-    between_replicas = config.parallel.zero and groups.mesh.replicate > 1
-    link = GroupLink(groups.replicate if between_replicas else groups.data)
-    return Compressor(config.compression, link, config.run.seed) if link.size > 1 else None
+    return Compressor(config.compression, GroupLink(group), config.run.seed)
 
 
 def _no_moments(master: Tensor) -> dict[str, Tensor]:

@@ -44,6 +44,11 @@ class Groups:
     shard_mesh: DeviceMesh
     """Axes (replicate, shard x context) around this rank, for FSDP2; (shard x context) alone without replicas."""
 
+    def coded(self, zero: int) -> Group:
+        """The ranks between which gradients are coded: replicas of what ZeRO shards, where there are some, else all data
+        ranks."""
+        return self.replicate if zero and self.mesh.replicate > 1 else self.data
+
 
 def make_groups(mesh: Mesh, rank: int, device_type: str, traffic: Traffic) -> Groups:
     """Make the groups of `rank`. Every rank of the world calls it, after the process group has started."""

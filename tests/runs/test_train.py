@@ -260,3 +260,14 @@ def test_demo_beats_uniform_and_shows_samples(workplace: Workplace) -> None:
     assert "Kneser-Ney trigram" in done.stdout
     assert "What it writes" in done.stdout
     assert ("beats" if done.returncode == 0 else "does not beat") in done.stdout
+
+
+def test_auto_shows_what_it_compared_and_trains_with_it(workplace: Workplace) -> None:
+    done = workplace.run("train", "run.yaml", "--nproc", "2", "compression.codec=auto")
+    (event,) = [e for e in workplace.records("run", "event") if e["event"] == "codec_chosen"]
+    assert event["message"] in " ".join(done.stdout.split())
+    candidates = {each["codec"]: each for each in event["details"]["candidates"]}
+    taken = workplace.records("run", "header")[0]["config"]["compression"]["codec"]
+    assert taken == min(candidates, key=lambda name: candidates[name]["coding_s"] + candidates[name]["link_s"])
+    alone = workplace.run("train", "run.yaml", "compression.codec=auto", "run.name=alone")
+    assert "codec" not in alone.stdout

@@ -9,7 +9,7 @@ import torch
 from disttrain.config.schema import CompressionConfig, GradientCodec
 from disttrain.grad_compression.codecs import CODECS, Codec, Threshold, pack, unpack
 
-NAMES = [name for name in get_args(GradientCodec) if name not in ("none", "powersgd")]
+NAMES = [name for name in get_args(GradientCodec) if name not in ("none", "auto", "powersgd")]
 ROWS, N = 3, 2048
 
 
