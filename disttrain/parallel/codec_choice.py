@@ -25,7 +25,7 @@ from disttrain.parallel.groups import Group, Groups
 from disttrain.stages import layers_of_stages, stage_numbers, virtual_stages
 
 CANDIDATES: tuple[GradientCodec, ...] = ("none", "bf16", "int8", "sign", "topk", "powersgd")
-"""Codecs whose losses stay near those of whole gradients (docs/compression.md); the first is what a fast link gets."""
+"""What is compared, by what their papers say of the loss; the first is what a fast link gets."""
 ENOUGH_ELEMENTS = 1 << 25
 """Of gradients, for measuring how long coding takes; more is multiplied."""
 BUCKET_BYTES = 25 << 20
