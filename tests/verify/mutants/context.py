@@ -12,7 +12,9 @@ from tests.verify.mutants.mutant import Mutant, after, in_backward, needs, repla
 
 def not_summed() -> None:
     def make(replicate: Any) -> Any:
-        return lambda module, device, group: module if group.size == 2 else replicate(module, device, group)
+        return lambda module, device, group, *more: (
+            module if group.size == 2 else replicate(module, device, group, *more)
+        )
 
     replace(parallelize.data, "replicate", make)
 

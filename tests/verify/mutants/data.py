@@ -36,7 +36,7 @@ def averaged() -> None:
 
 
 def summed_twice() -> None:
-    def again(nothing: None, parameters: Any, groups: Any, tied: Any, reduced: bool) -> None:
+    def again(nothing: None, parameters: Any, groups: Any, tied: Any, reduced: bool, *more: Any) -> None:
         if reduced:
             gradients.sum_over(groups.data, gradients_of(parameters))
 
@@ -166,7 +166,7 @@ def replicas_averaged() -> None:
 
 def norms_not_summed() -> None:
     def make(complete: Any) -> Any:
-        return lambda parameters, groups, tied, reduced: complete(parameters, groups, tied, True)
+        return lambda parameters, groups, tied, reduced, *more: complete(parameters, groups, tied, True)
 
     replace(gradients, "complete", make)
 

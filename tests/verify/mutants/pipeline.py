@@ -86,7 +86,7 @@ def scaled_by_the_schedule() -> None:
 
 def stages_not_summed_over_data() -> None:
     def make(complete: Any) -> Any:
-        return lambda parameters, groups, tied, reduced: complete(parameters, groups, tied, True)
+        return lambda parameters, groups, tied, reduced, *more: complete(parameters, groups, tied, True)
 
     replace(gradients, "complete", make)
 
