@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import warm
+
 SETTINGS: dict[str, Any] = {
     "model": {"family": "gpt", "layers": 1, "hidden_size": 32, "heads": 2, "max_positions": 32, "dropout": 0.1},
     "data": {"corpus": "text", "path": "corpus", "tokenizer": "bytes", "sequence_length": 32, "cache_dir": "cache"},
@@ -43,10 +45,7 @@ class Workplace:
 
     def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess:
         """Run it to the end and hold it to its exit code."""
-        done = subprocess.run(
-            self.command(*words), cwd=self.folder, env=self.environment, capture_output=True, text=True,
-            check=False, timeout=200,
-        )  # fmt: skip
+        done = warm.run(words, self.folder, self.environment, timeout_s=200)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr, done.stderr
         return done

@@ -1,0 +1,51 @@
+"""`disttrain` in a process forked from one that has imported it: as `python -m disttrain`, without its seconds of imports.
+
+Each process of pytest has one fork server (multiprocessing's), which only imports. Real processes are started by
+tests/launchers, tests/test_readme.py and whatever has to be interrupted.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver, get_context
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
+
+IMPORTS = ["disttrain.cli", "disttrain.preflight", "disttrain.overview", "disttrain.preparing", "disttrain.elastic",
+           "disttrain.run", "disttrain.local_ranks", "disttrain.engines.native", "matplotlib.pyplot"]  # fmt: skip
+
+
+def run(words: Sequence[str], folder: Path, environment: Mapping[str, str], timeout_s: float) -> CompletedProcess:
+    """What `disttrain WORDS` does in a folder: exit code, stdout and stderr. Raises TimeoutExpired."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")  # read when torch is imported
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    with tempfile.TemporaryDirectory() as name:
+        out, err = Path(name) / "stdout", Path(name) / "stderr"
+        process = context.Process(target=_main, args=(list(words), folder, dict(environment), out, err))
+        process.start()
+        process.join(timeout_s)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise TimeoutExpired(list(words), timeout_s, out.read_bytes(), err.read_bytes())
+        return CompletedProcess(list(words), process.exitcode or 0, out.read_text(), err.read_text())
+
+
+def _main(words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+    for path, number in ((out, 1), (err, 2)):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["disttrain", *words]
+    from disttrain.cli import main
+
+    main()
