@@ -70,7 +70,7 @@ def main() -> None:
     for count in options.hosts:
         for rate in options.rates:
             runs += between_hosts(count, rate, options)
-            out.write_text(json.dumps({"about": about, "runs": runs}, indent=1))
+            out.with_suffix(".json").write_text(json.dumps({"about": about, "runs": runs}, indent=1))
             out.with_suffix(".md").write_text(markdown(about, runs))
     print(out.with_suffix(".md"))
 
