@@ -149,10 +149,13 @@ class RankMemory(NamedTuple):
     feedback: int = 0
     """Residuals of coded gradients: one value for each that this rank codes, twice while a step may still be skipped."""
 
+    outer: int = 0
+    """Outer weights of workers that take steps of their own, and their momentum (`outer.method`)."""
+
     @property
     def total(self) -> float:
         """Bytes where it computes, host memory of offloading apart."""
-        return self.state.total + self.activations.total + self.feedback - self.host
+        return self.state.total + self.activations.total + self.feedback + self.outer - self.host
 
 
 def predict(config: Config, mesh: Mesh, precision: Precision, micro_batches: int) -> list[RankMemory]:
@@ -178,7 +181,8 @@ def predict(config: Config, mesh: Mesh, precision: Precision, micro_batches: int
         feedback = sum(
             _residual_bytes(config, mesh, precision, layers[n], n == 0, n == size * virtual - 1) for n in numbers
         )
-        found.append(RankMemory(held, parameters, state, activations, host, feedback))
+        outer = {"none": 0, "nesterov": 2}.get(config.outer.method, 1) * int(state.weight)
+        found.append(RankMemory(held, parameters, state, activations, host, feedback, outer))
     return found
 
 
@@ -193,13 +197,13 @@ def _residual_bytes(config: Config, mesh: Mesh, precision: Precision, layers: ra
         whole = parameter_shapes(config.model, layers, first, last)
         shapes = {name: shape for name, shape in shapes.items() if shape != whole[name]}
     shards = mesh.shard * mesh.context if zero and mesh.replicate > 1 else 1
-    total = 0
+    total, may_skip = 0, precision == "fp16" and config.outer.method == "none"
     for name, (rows, *others) in shapes.items():
         vocabulary = name.startswith("embed.") or "decoder." in name
         elements = prod((-(-rows // shards), *others))
         if others and elements >= compression.min_elements and (compression.embeddings or not vocabulary):
             total += elements
-    return total * costs.state_bytes_per_parameter(precision).weight * (2 if precision == "fp16" else 1)
+    return total * costs.state_bytes_per_parameter(precision).weight * (2 if may_skip else 1)
 
 
 def _activations(

@@ -115,6 +115,7 @@ def _memory(config: Config, mesh: Mesh) -> Group:
         "gradients": state.gradient,
         "optimizer": state.optimizer,
         "error feedback": worst.feedback,
+        "outer weights": worst.outer,
         "activations": worst.activations.total,
         "of these in host memory": worst.host,
     }
@@ -123,6 +124,9 @@ def _memory(config: Config, mesh: Mesh) -> Group:
             table.add_row(name, size(amount))
     table.add_row("[bold]together" + (" on the device" if worst.host else ""), f"[bold]{size(worst.total)}")
     kept = costs.checkpoint_bytes(config.model, precision)
+    if config.outer.method != "none":  # each worker's weights and moments beside the common ones, and outer momentum
+        workers = mesh.replicate if config.parallel.zero else mesh.data_ranks
+        kept += workers * kept + (kept // 3 if config.outer.method == "nesterov" else 0)
     table.add_row(f"on disk: {config.checkpoint.keep} checkpoints", size(kept * config.checkpoint.keep))
     whose = ", as if its layers were the family's" if config.model.source else ""
     return Group(f"[italic]predicted memory of a rank{which}, {precision}{whose}", table)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from disttrain.config.compression_checks import compression_problems
 from disttrain.config.layout_checks import layout_problems
+from disttrain.config.outer_checks import outer_problems
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 from disttrain.config.settings import given, no_effect, setting
@@ -23,7 +24,7 @@ def total_steps(config: Config) -> int | None:
 def validate(config: Config, world_size: int) -> list[Problem]:
     """Every contradiction between settings, for a run on this many ranks."""
     checks = (_model(config), _batch(config, world_size), _length(config), _optimizer(config), _ignored(config),
-              compression_problems(config, world_size))  # fmt: skip
+              compression_problems(config, world_size), outer_problems(config))  # fmt: skip
     return [*(problem for check in checks for problem in check), *layout_problems(config, world_size)]
 
 

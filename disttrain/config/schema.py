@@ -6,7 +6,10 @@ The docstring below a field is its description in `disttrain schema`. A setting 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from disttrain.config.gradients import HorovodConfig, OuterConfig
+from disttrain.config.section import Fraction, NonNegative, Positive, Section
 
 Family = Literal["gpt", "bert"]
 Corpus = Literal["python-docs", "text", "hf", "tokens"]
@@ -20,18 +23,7 @@ GradientCodec = Literal[
     "none", "auto", "fp16", "bf16", "int8", "int4", "qsgd", "topk", "randomk", "threshold", "sign", "powersgd"
 ]
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 WandbName = Annotated[str, Field(pattern=r"^[^/\\#?%:\r\n]+$", max_length=128)]
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class RunConfig(Section):
@@ -258,28 +250,6 @@ class CompressionConfig(Section):
         return self.error_feedback
 
 
-class HorovodConfig(Section):
-    """How Horovod reduces gradients; for engine horovod only (docs/horovod.md).
-
-    What is not given keeps Horovod's default, or what horovodrun was told.
-    """
-
-    transport: Literal["auto", "gloo", "mpi"] = "auto"
-    """What carries the gradients; auto takes MPI where it started the ranks and Horovod was built with it, else gloo."""
-    compression: Literal["none", "fp16"] = "none"
-    """Send gradients as they are, or in half the bytes."""
-    adasum: bool = False
-    """Combine the ranks' updates by Adasum (Maleki et al. 2021) in place of a sum: another result by design. Needs MPI."""
-    gradient_predivide: Annotated[float, Field(gt=0)] = 1.0
-    """Divide gradients by this before the sum over the ranks instead of after it, against overflow in fp16."""
-    fusion_threshold_mib: Annotated[float, Field(ge=0)] | None = None
-    """Buffer in which small gradients travel together, MiB; 0 sends each alone. Horovod takes 128 when not given."""
-    cycle_time_ms: Annotated[float, Field(gt=0)] | None = None
-    """How long Horovod collects gradients before it sends them, milliseconds. Horovod takes 1 when not given."""
-    timeline: bool = False
-    """Write what Horovod did when to timeline.json in the run folder, for chrome://tracing."""
-
-
 class CheckpointConfig(Section):
     """When to save, what to keep, where to start."""
 
@@ -332,6 +302,7 @@ class Config(Section):
     """What executes one optimizer step."""
     parallel: ParallelConfig = ParallelConfig()
     compression: CompressionConfig = CompressionConfig()
+    outer: OuterConfig = OuterConfig()
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own settings, added to those that follow from this config (docs/engines.md); a contradiction between
     the two is refused."""

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from disttrain.config.checks import total_steps
 from disttrain.config.schema import Config, Precision
 from disttrain.engines import Batch, Held, Moment, Reduction, Saved, State, StepResult, objective
 from disttrain.grad_compression.compressor import Compressor
@@ -17,7 +19,8 @@ from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
 from disttrain.parallel import compression_state, data, gradients, sharding
 from disttrain.parallel.collectives import Counted, GroupLink, reduce_over
-from disttrain.parallel.groups import Groups
+from disttrain.parallel.groups import Group, Groups, beside
+from disttrain.parallel.outer import OuterSteps
 from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
 from disttrain.precision import LossScale, autocast, master_dtype
@@ -36,13 +39,23 @@ class NativeEngine:
         self.config, self.groups, self.device = config, groups, device
         self.precision: Precision = precision
         self.scale = LossScale.start(precision, config.loss_scale)
-        self._compressor = _make_compressor(config, groups)
-        self.chunks = parallelize(config, groups, device, precision, reduction is None, self._compressor)
+        apart = config.outer.method != "none"
+        self._workers = link = groups.coded(config.parallel.zero)
+        if config.outer.overlap:
+            link = beside(groups, config.parallel.zero)
+        self._compressor = _make_compressor(config, link)
+        summed = reduction is None and not apart
+        self.chunks = parallelize(config, groups, device, precision, summed, self._compressor, apart)
         self.parameters = [p for chunk in self.chunks for p in chunk.parameters if p.parameter.requires_grad]
         self.optimizer = build_optimizer(config.optim, [(p.shard.name, p.master) for p in self.parameters])
         self._reduction = reduction
         if reduction is not None:
             self.optimizer = reduction.attach(self.optimizer, [(p.shard.name, p.master) for p in self.parameters])
+        self._outer, self._inner = None, groups.data
+        if apart:
+            state = self.optimizer.state
+            self._outer = OuterSteps(config.outer, self.parameters, groups, link, self._compressor, state)
+            self._inner = groups.inner(config.parallel.zero)
         self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
         self._settled = not any(isinstance(chunk.module, DistributedDataParallel) for chunk in self.chunks)
         self.watch: Callable[[Moment], None] | None = None
@@ -68,25 +81,28 @@ class NativeEngine:
         for chunk in self.chunks:
             chunk.model.train()
         batches = [self._prepare(batch) for batch in micro_batches]
-        counts, tokens = self._count(batches)
-        if self._compressor is not None:
-            self._compressor.begin(step, self.scale.value, may_skip=self.scale.dynamic or not self._settled)
-        sums = self._forward_and_backward(batches, counts)
+        divided, counts, tokens = self._count(batches)
+        gradients_coded = self._compressor if self._outer is None else None
+        if gradients_coded is not None:
+            gradients_coded.begin(step, self.scale.value, may_skip=self.scale.dynamic or not self._settled)
+        sums = self._forward_and_backward(batches, divided)
         totals = reduce_over(self.groups.world, sums)
         if self._reduction is not None:
             self._reduction.complete()
         reduced = self._pipeline is None and not self.config.parallel.zero
-        gradients.complete(self.parameters, self.groups, self._model.tied, reduced, self._compressor)
+        gradients.complete(self.parameters, self.groups, self._model.tied, reduced, gradients_coded, self._inner)
         self._tell("reduced")
         scale = self.scale.value
         norm, skipped = self._unscale_and_clip()
         self._tell("clipped")
         if not skipped:
             self._update(learning_rate)
-            if self._compressor is not None:
-                self._compressor.keep()
+            if gradients_coded is not None:
+                gradients_coded.keep()
         for p in self.parameters:
             p.parameter.grad = p.master.grad = None
+        if self._outer is not None:
+            self._outer.after(step, last=step == total_steps(self.config))
         self.scale = self.scale.after(skipped)
         self._tell("updated")
         losses = {name: LossSum(totals[i], counts[name]) for i, name in enumerate(counts)}
@@ -108,8 +124,13 @@ class NativeEngine:
     def _model(self) -> Model:
         return self.chunks[0].model
 
-    def _count(self, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
-        return objective.count(batches, self._model, self.groups.data)
+    def _count(self, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Targets by which losses are divided, those of the whole step, and its real tokens."""
+        own, tokens = objective.count(batches, self._model, self._inner)
+        if self._outer is None:
+            return own, own, tokens
+        totals = reduce_over(self._workers, torch.stack([*own.values(), tokens]))
+        return own, dict(zip(own, totals, strict=False)), totals[-1]
 
     def _forward_and_backward(self, batches: list[dict[str, Tensor]], counts: dict[str, Tensor]) -> Tensor:
         """Loss sums [objectives] of this rank alone: zeros but on one rank of those that compute the same loss."""
@@ -179,12 +200,16 @@ class NativeEngine:
 
     def _unscale_and_clip(self) -> tuple[Tensor, bool]:
         """Global gradient norm before clipping, and whether this step must be skipped: by every rank or none."""
-        norm = gradients.global_norm(self.parameters, self.groups, self.device)
+        if self._outer is None:
+            norm = own = gradients.global_norm(self.parameters, self.groups, self.device)
+        else:  # each worker clips by its own
+            norms = gradients.workers_norms(self.parameters, self.groups, self._workers, self.device)
+            norm, own = norms.square().mean().sqrt(), norms[self._workers.rank]
         skipped = self.scale.dynamic and not bool(norm.isfinite().item())
-        norm = norm / self.scale.value
+        norm, own = norm / self.scale.value, own / self.scale.value
         factor, limit = 1.0 / self.scale.value, self.config.train.clip_grad_norm
         if limit is not None:
-            factor = factor * torch.clamp(limit / (norm + 1e-6), max=1.0)
+            factor = factor * torch.clamp(limit / (own + 1e-6), max=1.0)
         if limit is not None or self.scale.dynamic:
             gradients.multiply(self.parameters, factor)
         return norm, skipped
@@ -205,10 +230,13 @@ class NativeEngine:
         """Sums over all ranks of every objective and score; see `Engine.evaluate`."""
         for chunk in self.chunks:
             chunk.model.eval()
-        scores = self._scores(self._prepare(batch) for batch in batches)
-        totals = objective.total_scores(scores, list(self._model.SCORES), self.groups, self.device)
+        with nullcontext() if self._outer is None else self._outer.in_place():
+            scores = self._scores(self._prepare(batch) for batch in batches)
+            totals = objective.total_scores(scores, list(self._model.SCORES), self.groups, self.device)
         for chunk in self.chunks:
             chunk.model.train()
+            if self._outer is not None:
+                data.forget_gathered(chunk.model)
         return totals
 
     def _scores(self, batches: Iterable[dict[str, Tensor]]) -> Iterable[dict[str, LossSum]]:
@@ -255,12 +283,16 @@ class NativeEngine:
                 continue  # nothing of it is here
             state = self.optimizer.state[p.master] or _no_moments(p.master)
             self.optimizer.state[p.master] = state
-            model[name] = sharding.as_whole(p.shard, p.master.detach(), mesh)
+            weight = p.master.detach() if self._outer is None else self._outer.weight[p.shard.name]
+            model[name] = sharding.as_whole(p.shard, weight, mesh)
             moments[name] = {
                 key: value if value.ndim == 0 else sharding.as_whole(p.shard, value, mesh)
                 for key, value in state.items()
             }
         state: State = {"model": model, "optimizer": moments, "engine": {"loss_scale": asdict(self.scale)}}
+        if self._outer is not None:
+            state["outer"] = self._outer.saved_state(mesh)  # waits for residuals on its thread, too
+            state["engine"]["outer_arrives"] = self._outer.arrives
         if self._compressor is not None:
             state["compression"] = compression_state.saved_state(self.parameters, self._compressor, self.groups, mesh)
         return state
@@ -269,8 +301,10 @@ class NativeEngine:
         """What `state_dict` gives, with room for the residuals that the checkpoint has."""
         state = self.state_dict()
         del state["engine"]
+        mesh = sharding.state_mesh(self.groups, self.device.type)
+        if self._outer is not None:
+            state["outer"] = self._outer.to_fill(saved(), mesh)
         if self._compressor is not None:
-            mesh = sharding.state_mesh(self.groups, self.device.type)
             state["compression"] = compression_state.to_fill(
                 saved(), self.parameters, self._compressor, self._tied, self.groups, mesh
             )
@@ -287,6 +321,8 @@ class NativeEngine:
                 saved = {key: sharding.local(value).clone() for key, value in state["optimizer"][name].items()}
                 self.optimizer.state[p.master] = saved
         self.scale = LossScale(**state["engine"]["loss_scale"])
+        if self._outer is not None:
+            self._outer.take(state.get("outer", {}), state["engine"].get("outer_arrives", []))
         if self._compressor is not None:
             compression_state.take(
                 state.get("compression", {}), self.parameters, self._compressor, self._tied, self.groups
@@ -300,13 +336,14 @@ class NativeEngine:
         """
         if self._reduction is not None:
             self._reduction.close()
-        self.chunks, self.parameters, self._pipeline = [], [], None
+        if self._outer is not None:
+            self._outer.close()
+        self.chunks, self.parameters, self._pipeline, self._outer = [], [], None, None
         gc.collect()
 
 
-def _make_compressor(config: Config, groups: Groups) -> Compressor | None:
-    """What sums gradients between ranks; None where they stay whole, or where there is nobody to send them to."""
-    group = groups.coded(config.parallel.zero)
+def _make_compressor(config: Config, group: Group) -> Compressor | None:
+    """What sums gradients, or changes, in a group; None where they stay whole, or where there is nobody to send them to."""
     if config.compression.codec == "none" or group.size == 1:
         return None
     return Compressor(config.compression, GroupLink(group), config.run.seed)

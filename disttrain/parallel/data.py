@@ -90,7 +90,7 @@ class CodedBuckets:
 
 def shard(
     model: Model, groups: Groups, zero: int, precision: Precision, offload: bool,
-    fill: Callable[[nn.Module, str], None], compressor: Compressor | None = None,
+    fill: Callable[[nn.Module, str], None], compressor: Compressor | None = None, apart: bool = False,
 ) -> None:  # fmt: skip
     """Shard parameters, gradients and optimizer over shard x context, in place (Rajbhandari et al. 2020), by FSDP2.
 
@@ -100,7 +100,7 @@ def shard(
     every rank, a half per cent of a block or less: they compute in the master type as without ZeRO, and their gradients
     are the engine's to sum. `fill(module, name)` gives a module its storage and values right before it is sharded, so
     that only one block is ever whole. A `compressor` sums what FSDP2 would scatter, or, where there are replicas, is the
-    engine's to sum between them.
+    engine's to sum between them. Replicas that are `apart` keep gradients and weights of their own.
     """
     low = precision in ("bf16", "fp16")
     policy = MixedPrecisionPolicy(
@@ -109,8 +109,9 @@ def shard(
         cast_forward_inputs=False,
     )
     replicas = groups.mesh.replicate > 1
+    joined = replicas and compressor is None and not apart  # by FSDP2
     kept: Any = {
-        "mesh": groups.shard_mesh["shard"] if replicas and compressor is not None else groups.shard_mesh,
+        "mesh": groups.shard_mesh["shard"] if replicas and not joined else groups.shard_mesh,
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     }
     kept_whole: set[nn.Parameter] = set()
@@ -130,7 +131,7 @@ def shard(
             scatter if compressor is None or replicas else CodedReduceScatter(groups.data.traffic, compressor, module)
         )
         module.set_custom_reduce_scatter(coded)  # pyright: ignore[reportArgumentType]
-        if replicas and compressor is None:
+        if joined:
             module.set_all_reduce_hook(partial(groups.data.traffic.add, ring=all_reduced(groups.mesh.replicate)))
 
 
@@ -147,6 +148,12 @@ def norms(block: nn.Module) -> set[nn.Parameter]:
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules that FSDP2 handles as one group each."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """After the shards have changed outside a step: what a forward pass alone had gathered is not the model any more."""
+    for module in sharded_modules(model):
+        module.reshard()
 
 
 def synchronise(model: nn.Module, zero: int, last: bool) -> None:

@@ -48,15 +48,15 @@ def sum_tied(parameters: list[LocalParameter], tied: Mapping[str, str], groups: 
 
 def complete(
     parameters: list[LocalParameter], groups: Groups, tied: Mapping[str, str], reduced: bool,
-    compressor: Compressor | None = None,
+    compressor: Compressor | None = None, data: Group | None = None,
 ) -> None:  # fmt: skip
-    """Sum what neither DDP nor FSDP2 has summed: all plain gradients over the data ranks unless `reduced`, those of
-    norms and biases that saw some positions only over the tensor ranks, and the two of a weight on two stages. A
+    """Sum what neither DDP nor FSDP2 has summed: all plain gradients over the data ranks (or `data`) unless `reduced`, those
+    of norms and biases that saw some positions only over the tensor ranks, and the two of a weight on two stages. A
     `compressor` sums whole gradients, and sharded ones over the replicas."""
     plain = [p for p in parameters if p.gradient is not None and not isinstance(p.parameter, DTensor)]
     sharded = [p for p in parameters if p.gradient is not None and isinstance(p.parameter, DTensor)]
     if compressor is None or sharded:  # ZeRO leaves nothing plain but norms
-        sum_over(groups.data, _present(plain) if not reduced else ())
+        sum_over(data or groups.data, _present(plain) if not reduced else ())
     elif not reduced:
         compressor.sum_([(p.shard.name, g) for p in plain if (g := p.gradient) is not None])
     if compressor is not None and sharded and groups.mesh.replicate > 1:
@@ -71,11 +71,24 @@ def global_norm(parameters: list[LocalParameter], groups: Groups, device: torch.
     Every rank adds the squares of its shards, in float64, each divided by the number of ranks that hold a copy; one sum
     over the world makes it whole. It is infinite or NaN on all ranks if a gradient is on one of them.
     """
+    square, dtype = _square(parameters, device)
+    return reduce_over(groups.world, square).sqrt().to(dtype)
+
+
+def workers_norms(parameters: list[LocalParameter], groups: Groups, workers: Group, device: torch.device) -> Tensor:
+    """The same of every worker's own gradient, by their rank in `workers`."""
+    square, dtype = _square(parameters, device)
+    squares = torch.zeros(workers.size, dtype=square.dtype, device=device)
+    squares[workers.rank] = square * workers.size  # a worker's copies are not those of others
+    return reduce_over(groups.world, squares).sqrt().to(dtype)
+
+
+def _square(parameters: list[LocalParameter], device: torch.device) -> tuple[Tensor, torch.dtype]:
+    """This rank's part of the squared norm, in float64, and the gradients' type."""
     held = [p for p in parameters if p.gradient is not None]
     norms = torch._foreach_norm(_present(held))
     squares = torch.stack([norm.to(device) for norm in norms]).double().square()
-    total = reduce_over(groups.world, (squares * torch.stack([p.share for p in held])).sum())
-    return total.sqrt().to(norms[0].dtype)
+    return (squares * torch.stack([p.share for p in held])).sum(), norms[0].dtype
 
 
 def multiply(parameters: list[LocalParameter], factor: Tensor | float) -> None:

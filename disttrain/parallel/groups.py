@@ -1,7 +1,8 @@
 """This rank's place on every axis of the mesh: the process groups made from the whole numbers of `disttrain.mesh`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -48,6 +49,25 @@ class Groups:
         """The ranks between which gradients are coded: replicas of what ZeRO shards, where there are some, else all data
         ranks."""
         return self.replicate if zero and self.mesh.replicate > 1 else self.data
+
+    def inner(self, zero: int) -> Group:
+        """The data ranks of one worker that takes steps of its own: those of a replica of what ZeRO shards, else this rank
+        alone."""
+        if not (zero and self.mesh.replicate > 1):
+            return Group(1, 0, (self.rank,), None, self.world.traffic)
+        group = self.shard_mesh.get_group("shard")
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return Group(len(ranks), ranks.index(self.rank), ranks, group, self.world.traffic)
+
+
+def beside(groups: Groups, zero: int) -> Group:
+    """`groups.coded` once more with communicators of its own, for a thread beside the step. All ranks call it together."""
+    mine = groups.coded(zero)
+    axes = ("replicate",) if mine is groups.replicate else ("replicate", "shard", "context")
+    made: dict[tuple[int, ...], Any] = {}
+    for ranks in ranks_along(groups.mesh, axes):
+        made[ranks] = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+    return replace(mine, process_group=made[mine.ranks])
 
 
 def make_groups(mesh: Mesh, rank: int, device_type: str, traffic: Traffic) -> Groups:

@@ -36,12 +36,12 @@ class Chunk:
 
 def parallelize(
     config: Config, groups: Groups, device: torch.device, precision: Precision, replicated: bool = True,
-    compressor: Compressor | None = None,
+    compressor: Compressor | None = None, apart: bool = False,
 ) -> list[Chunk]:  # fmt: skip
     """This rank's stages, filled with their initial weights. All ranks call it together.
 
     With `replicated` whole gradients are summed over the data ranks by DDP, or ZeRO's by FSDP2, through the `compressor`
-    if there is one; otherwise by whoever called.
+    if there is one; otherwise by whoever called. Replicas that are `apart` keep weights of their own.
     """
     parallel, at, ranks = config.parallel, groups.pipeline.rank, groups.pipeline.size
     numbers, layers = [0], [range(config.model.layers)]
@@ -66,7 +66,7 @@ def parallelize(
             _fill(model, module, name, cutting, config.run.seed, groups, device)
 
         if parallel.zero:
-            data.shard(model, groups, parallel.zero, precision, parallel.offload, fill, compressor)
+            data.shard(model, groups, parallel.zero, precision, parallel.offload, fill, compressor, apart)
         else:
             fill(model, "")
         module: nn.Module = data.LossModule(model)
@@ -75,7 +75,10 @@ def parallelize(
         chunk = Chunk(number, model, module, local_parameters(model, groups, cutting, device))
         if compressor is not None:
             held = {p.shard.name: p.shard.in_link(groups).local_shape for p in chunk.parameters}
-            compressor.cover(held, held.keys() - cut.splits.keys() if groups.tensor.size > 1 else ())
+            copied = held.keys() - cut.splits.keys() if groups.tensor.size > 1 else set()
+            if apart:  # gradients of a weight on two stages are added after the sum; its changes are not
+                copied |= {n for pair in model.tied.items() if (pair[0] in names) != (pair[1] in names) for n in pair}
+            compressor.cover(held, copied)
         chunks.append(chunk)
     return chunks
 

@@ -5,7 +5,7 @@ import hashlib
 from disttrain import costs
 from disttrain.config.load import dump, with_values
 from disttrain.config.problems import Problem, RefusedInput
-from disttrain.config.schema import CheckpointConfig, CompressionConfig, Config, LossScaleConfig, Precision
+from disttrain.config.schema import CheckpointConfig, CompressionConfig, Config, LossScaleConfig, OuterConfig, Precision
 from disttrain.verify.batches import GLOBAL_BATCH
 
 STEPS, OVERFLOW, SAVED = 4, 2, 3
@@ -28,6 +28,7 @@ def proof_config(config: Config, precision: Precision, vocab_size: int) -> Confi
         "optim.epsilon": max(config.optim.epsilon, 1e-8),  # a smaller one makes updates out of rounding errors
         "loss_scale": LossScaleConfig(),
         "compression": CompressionConfig(),
+        "outer": OuterConfig(),
         "checkpoint": CheckpointConfig(),
     })  # fmt: skip
 
