@@ -27,7 +27,7 @@ class Counted(NamedTuple):
 
 @dataclass
 class Traffic:
-    """Bytes since the last `take`. Gradients may be summed by a thread of their own."""
+    """Bytes since the last `take`. Gradients, or changes of weights, may be summed by a thread of their own."""
 
     total: Counted = Counted()
     _lock: Lock = field(default_factory=Lock, repr=False)
@@ -45,7 +45,8 @@ class Traffic:
 
     def take(self) -> Counted:
         """What was counted since the last call."""
-        taken, self.total = self.total, Counted()
+        with self._lock:
+            taken, self.total = self.total, Counted()
         return taken
 
 
