@@ -1,10 +1,13 @@
 """Seconds and bytes of a step under each gradient codec, between emulated hosts whose link is limited.
 
 python benchmarks/compression.py [--hosts 2 4] [--rates 10mbit 100mbit 1gbit off] [--steps N] [--only NAME ...]
+                                 [--train-s SECONDS --text FILE]
 
 Hosts are network namespaces with one rank each, joined by a bridge; tc limits what each sends and receives. Needs root and
 Linux. Every variant of one (hosts, rate) runs in the same processes one after the other, so that figures are ratios within
-one run. torch's own hooks and Horovod's fp16 are measured beside. Writes compression_<hardware>_<yyyymm>.{json,md}.
+one run. torch's own hooks and Horovod's fp16 are measured beside. With --train-s each trains on the bytes of a text for so
+many seconds and to as many steps as the first one did, for held-out losses at equal time and at equal tokens. Writes
+compression_<hardware>_<yyyymm>.{json,md}.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "random-k, 1 %": ("compression.codec=randomk",),
     "threshold, 3 rms": ("compression.codec=threshold",),
     "PowerSGD, rank 4": ("compression.codec=powersgd",),
+    "DiLoCo, 32 steps": ("outer.method=nesterov", "outer.every=32"),
+    "DiLoCo, 32 steps, int8": ("outer.method=nesterov", "outer.every=32", "compression.codec=int8"),
+    "DiLoCo, 32 steps, streaming": ("outer.method=nesterov", "outer.every=32", "outer.fragments=4", "outer.overlap=4"),
     "torch DDP": ("torch", "none"),
     "torch fp16 hook": ("torch", "fp16"),
     "torch PowerSGD hook, rank 4": ("torch", "powersgd"),
@@ -45,7 +52,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "Horovod fp16": ("engine=horovod", "horovod.compression=fp16"),
 }
 WORKLOAD = ("model.preset=gpt-10m", "model.vocab_size=256", "data.tokenizer=bytes", "data.sequence_length=256",
-            "train.steps=1000", "precision=fp32")  # fmt: skip
+            "train.steps=100000", "precision=fp32")  # fmt: skip
+RATE, WARM_UP = 5e-4, 10
+"""Learning rate, constant after so many steps of linear warm-up."""
+HELD_OUT = 32
+"""Sequences at the end of the text."""
 ENOUGH_S = 40.0
 """No further step of a variant begins after so many seconds."""
 
@@ -53,18 +64,20 @@ ENOUGH_S = 40.0
 def main() -> None:
     """Measure and write the JSON and Markdown files."""
     if sys.argv[1:2] == ["--rank"]:
-        return measure(json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+        return measure(json.loads(sys.argv[2]), argparse.Namespace(**json.loads(sys.argv[3])))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rates", nargs="+", default=["10mbit", "100mbit", "1gbit", "off"])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=1, help="of each rank in a step")
     parser.add_argument("--only", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--train-s", type=float, default=0.0, help="train for so many seconds, too")
+    parser.add_argument("--text", default=str(ROOT / "../shared/data/wikitext-2/train.txt"), help="what to train on")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     about = report.describe("cpu", 1, "python benchmarks/compression.py " + shlex.join(sys.argv[1:]))
     about["versions"]["horovod"] = report.version("horovod")
-    about |= {"sequences_per_rank": options.sequences}
+    about |= {"sequences_per_rank": options.sequences, "train_s": options.train_s}
     out = options.out or HERE / report.file_name(about).replace("throughput_", "compression_")
     runs: list[dict[str, Any]] = []
     for count in options.hosts:
@@ -89,7 +102,8 @@ def between_hosts(count: int, rate: str, options: argparse.Namespace) -> list[di
                 "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29512", "GLOO_SOCKET_IFNAME": "eth0",
                 "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             }  # fmt: skip
-            words = ["--rank", json.dumps(variants), str(options.steps), str(options.sequences)]
+            told = {name: getattr(options, name) for name in ("steps", "sequences", "train_s", "text")}
+            words = ["--rank", json.dumps(variants), json.dumps(told)]
             script = shlex.join([sys.executable, str(HERE / "compression.py"), *words])
             named = ["unshare", "--uts", "sh", "-c", f"hostname {name}; exec {script}"]
             command = ["ip", "netns", "exec", name, *named]
@@ -109,34 +123,68 @@ def between_hosts(count: int, rate: str, options: argparse.Namespace) -> list[di
     return runs
 
 
-def measure(variants: dict[str, Sequence[str]], steps: int, sequences: int) -> None:
-    """One rank: train a few steps of each variant and print a line for each."""
+def measure(variants: dict[str, Sequence[str]], options: argparse.Namespace) -> None:
+    """One rank: train a few steps of each variant, or for some time, and print a line for each."""
     import torch.distributed as dist
 
     from disttrain.assembly import keep_freed_memory
 
     keep_freed_memory()
     dist.init_process_group("gloo")
+    tokens = Tokens(options)
+    enough = 0  # steps of the first variant
     for name, words in variants.items():
-        step, counted, close = (torch_loop if words[:1] == ["torch"] else our_engine)(words, sequences)
-        seconds: list[float] = []
-        before, began = 0, 0.0
-        for number in range(1, steps + 3):
-            if number == 3:  # after warm-up
-                counted()
-                before, began = sent(), time.perf_counter()
-            dist.barrier()
-            start = time.perf_counter()
-            step(number)
-            dist.barrier()
-            if number >= 3:
-                seconds.append(time.perf_counter() - start)
-                if agreed(time.perf_counter() - began > ENOUGH_S):
-                    break
-        reading = {"name": name, "seconds": seconds, "wire_bytes": (sent() - before) / len(seconds)}
-        print(json.dumps(reading | {k: v / len(seconds) for k, v in counted().items()}), flush=True)
-        close()
+        start = torch_loop if words[:1] == ["torch"] else our_engine
+        rounds = next((int(word.split("=")[1]) for word in words if word.startswith("outer.every")), 1)
+        loop = start(words, tokens)
+        reading = {"name": name, **seconds_and_bytes(loop, -(-options.steps // rounds) * rounds, rounds)}
+        loop.close()
+        if options.train_s:
+            loop = start(words, tokens)
+            reading |= losses(loop, options.train_s, enough)
+            enough = enough or reading["steps"]
+            loop.close()
+        print(json.dumps(reading), flush=True)
     dist.destroy_process_group()
+
+
+def seconds_and_bytes(loop: "Loop", steps: int, rounds: int) -> dict[str, Any]:
+    """Of each step after two, or of the mean step of each round."""
+    import torch.distributed as dist
+
+    seconds: list[float] = []
+    before, began = 0, 0.0
+    loop.counted()
+    for number in range(1, steps + 3):
+        if number == 3:  # after warm-up
+            loop.counted()
+            before, began = sent(), time.perf_counter()
+        dist.barrier()
+        start = time.perf_counter()
+        loop.step(number)
+        dist.barrier()
+        if number >= 3:
+            seconds.append(time.perf_counter() - start)
+            if len(seconds) % rounds == 0 and agreed(time.perf_counter() - began > ENOUGH_S):
+                break
+    counted = {key: value / len(seconds) for key, value in loop.counted().items()}
+    means = [statistics.mean(seconds[i : i + rounds]) for i in range(0, len(seconds), rounds)]
+    return {"seconds": means, "wire_bytes": (sent() - before) / len(seconds), **counted}
+
+
+def losses(loop: "Loop", train_s: float, enough: int) -> dict[str, Any]:
+    """Held-out losses, in nats a byte, after so many seconds in steps, and after `enough` of them."""
+    spent, number, found = 0.0, 0, {}
+    while "loss_at_time" not in found or number < enough:
+        number += 1
+        start = time.perf_counter()
+        loop.step(number)
+        spent += time.perf_counter() - start
+        if "loss_at_time" not in found and agreed(spent >= train_s):
+            found |= {"loss_at_time": loop.evaluate(), "steps": number}
+        if number == enough:
+            found["loss_at_tokens"] = loop.evaluate()
+    return {"loss_at_tokens": found["loss_at_time"], **found} if not enough else found
 
 
 def sent() -> int:
@@ -154,12 +202,45 @@ def agreed(flag: bool) -> bool:
     return bool(told)
 
 
-Loop = tuple[Callable[[int], Any], Callable[[], dict[str, float]], Callable[[], Any]]
+class Tokens:
+    """Bytes of a text where there is one, else random ones: windows to train on, and the same held-out ones for all."""
+
+    def __init__(self, options: argparse.Namespace):
+        import numpy as np
+
+        self.sequences, length = options.sequences, 257
+        if options.train_s:
+            text = np.frombuffer(Path(options.text).read_bytes()[: 1 << 24], dtype=np.uint8).astype(np.int64)
+        else:
+            text = np.random.default_rng(0).integers(0, 256, 1 << 16)
+        kept = len(text) - HELD_OUT * length
+        self.train, self.held_out = text[:kept], text[kept:].reshape(HELD_OUT, length)
+
+    def windows(self, number: int, rank: int) -> Any:
+        """[sequences, 257] of step `number`."""
+        import numpy as np
+
+        starts = np.random.default_rng((number, rank)).integers(0, len(self.train) - 257, self.sequences)
+        return np.stack([self.train[start : start + 257] for start in starts])
 
 
-def our_engine(words: Sequence[str], sequences: int) -> Loop:
-    """A step of disttrain's engine, its counters, and its end."""
-    import numpy as np
+@dataclass
+class Loop:
+    """What is measured."""
+
+    step: Callable[[int], Any]
+    counted: Callable[[], dict[str, float]]
+    evaluate: Callable[[], float]
+    close: Callable[[], Any]
+
+
+def rate(number: int) -> float:
+    """Learning rate of a step."""
+    return RATE * min(1.0, number / WARM_UP)
+
+
+def our_engine(words: Sequence[str], tokens: Tokens) -> Loop:
+    """disttrain's engine."""
     import torch
     import torch.distributed as dist
 
@@ -170,25 +251,29 @@ def our_engine(words: Sequence[str], sequences: int) -> Loop:
     from disttrain.parallel.groups import make_groups
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    config = load(HERE / "gpt_10m.yaml", [*WORKLOAD, f"train.global_batch_size={sequences * ranks}",
-                                         f"train.micro_batch_size={sequences}", *words])  # fmt: skip
+    config = load(HERE / "gpt_10m.yaml", [*WORKLOAD, f"train.global_batch_size={tokens.sequences * ranks}",
+                                         f"train.micro_batch_size={tokens.sequences}", *words])  # fmt: skip
     groups = make_groups(build_mesh(config.parallel, ranks), rank, "cpu", Traffic())
     engine = engines.build(config, groups, torch.device("cpu"), "fp32")
 
     def step(number: int) -> None:
-        tokens = np.random.default_rng((number, rank)).integers(0, 256, (sequences, 257))
-        engine.step([{"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}], number, 1e-4)
+        windows = tokens.windows(number, rank)
+        engine.step([{"tokens": windows[:, :-1], "targets": windows[:, 1:]}], number, rate(number))
 
     def counted() -> dict[str, float]:
         traffic = engine.traffic()
         return {"counted_wire_bytes": traffic.on_wire, "handed_bytes": traffic.handed}
 
-    return step, counted, engine.close
+    def evaluate() -> float:
+        mine = tokens.held_out[rank::ranks]
+        (loss, *_) = engine.evaluate([{"tokens": mine[:, :-1], "targets": mine[:, 1:]}]).values()
+        return float(loss.sum / loss.count)
+
+    return Loop(step, counted, evaluate, engine.close)
 
 
-def torch_loop(words: Sequence[str], sequences: int) -> Loop:
-    """A step of a bare DistributedDataParallel loop with one of torch's own hooks."""
-    import numpy as np
+def torch_loop(words: Sequence[str], tokens: Tokens) -> Loop:
+    """A bare DistributedDataParallel loop with one of torch's own hooks."""
     import torch
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -197,8 +282,10 @@ def torch_loop(words: Sequence[str], sequences: int) -> Loop:
 
     from disttrain.config.load import load
     from disttrain.models import build_model
+    from disttrain.optim import build_optimizer
 
-    model = build_model(load(HERE / "gpt_10m.yaml", list(WORKLOAD)).model, 1, torch.float32)
+    config = load(HERE / "gpt_10m.yaml", list(WORKLOAD))
+    model = build_model(config.model, config.run.seed, torch.float32)
     # In one bucket: with several, PowerSGD's callbacks may start their collectives in another order on each rank.
     size = {"bucket_cap_mb": 1000} if words[1] == "powersgd" else {}
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, **size)
@@ -207,19 +294,29 @@ def torch_loop(words: Sequence[str], sequences: int) -> Loop:
     elif words[1] == "powersgd":
         state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
         wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-4, fused=True)
+    optimizer = build_optimizer(config.optim, model.named_parameters())
+
+    def loss_of(windows: Any) -> Any:
+        logits = wrapped(torch.from_numpy(windows[:, :-1]))
+        return cross_entropy(logits.flatten(0, 1), torch.from_numpy(windows[:, 1:]).flatten())
 
     def step(number: int) -> None:
-        tokens = np.random.default_rng((number, dist.get_rank())).integers(0, 256, (sequences, 257))
-        batch = {"tokens": torch.from_numpy(tokens[:, :-1]), "targets": torch.from_numpy(tokens[:, 1:])}
-        logits = wrapped(batch["tokens"])
-        loss = cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+        loss = loss_of(tokens.windows(number, dist.get_rank()))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(number)
         optimizer.step()
 
-    return step, dict, lambda: None
+    def evaluate() -> float:
+        wrapped.eval()
+        with torch.no_grad():
+            loss = float(loss_of(tokens.held_out))
+        wrapped.train()
+        return loss
+
+    return Loop(step, dict, evaluate, lambda: None)
 
 
 def markdown(about: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
@@ -232,23 +329,29 @@ def markdown(about: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
         f"{about['sequences_per_rank']} sequence(s) of 256 a rank and step, fp32. `{about['command']}`",
         "",
         "Median seconds of a step, the slowest rank's; ratio: seconds without a codec / seconds. Bytes: what the host's "
-        "network interface sent a step, and what disttrain counted for rings.",
+        "network interface sent a step, and what disttrain counted for rings. DiLoCo: mean step of a round.",
     ]
+    trained = any("steps" in run for run in runs)
+    if trained:
+        lines += ["", f"Loss: held-out nats a byte after {about['train_s']:g} seconds in steps, and after as many steps "
+                  f"as without a codec; AdamW, learning rate {RATE:g} after {WARM_UP} steps, nothing tuned, one seed."]  # fmt: skip
     for count, rate in dict.fromkeys((run["hosts"], run["rate"]) for run in runs):
         here = [run for run in runs if (run["hosts"], run["rate"]) == (count, rate)]
         base = next((statistics.median(run["seconds"]) for run in here if run["name"] == BASE), None)
         lines += ["", f"## {count} hosts, {'no limit' if rate == 'off' else rate}", ""]
-        lines.append("| codec | s/step | spread | ratio | MB/step sent | MB/step counted |")
-        lines.append("| --- | --- | --- | --- | --- | --- |")
+        more = " loss at equal tokens | loss at equal time | steps |" if trained else ""
+        lines.append(f"| codec | s/step | spread | ratio | MB/step sent | MB/step counted |{more}")
+        lines.append("| --- | --- | --- | --- | --- | --- |" + " --- |" * more.count("|"))
         for run in here:
             seconds = run["seconds"]
             median = statistics.median(seconds)
             ratio = "-" if base is None else f"{base / median:.2f}"
             counted = f"{run['counted_wire_bytes'] / 1e6:.2f}" if run.get("counted_wire_bytes") else "-"
             spread = f"{min(seconds):.3f} to {max(seconds):.3f} ({len(seconds)})"
-            lines.append(
-                f"| {run['name']} | {median:.3f} | {spread} | {ratio} | {run['wire_bytes'] / 1e6:.2f} | {counted} |"
-            )
+            cells = [run["name"], f"{median:.3f}", spread, ratio, f"{run['wire_bytes'] / 1e6:.2f}", counted]
+            if trained:
+                cells += [f"{run['loss_at_tokens']:.3f}", f"{run['loss_at_time']:.3f}", str(run["steps"])]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -34,7 +34,6 @@ METHODS = {
     "streaming": {"outer.method": "nesterov", "outer.every": 3, "outer.fragments": 3, "outer.overlap": 1},
     "adasum": {"outer.method": "adasum", "outer.every": 1},
 }
-EVERYWHERE = ("nesterov", "streaming")
 
 
 def outer_config(method: str, **values) -> Config:
@@ -162,8 +161,8 @@ def _adasum_of_two(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("method", "layout"), [
-    (method, layout) for method in METHODS for layout in LAYOUTS
-    if method in EVERYWHERE or layout in ("dp2", "dp4", "tp2.dp2", "tp2.sp.dp2", "pp2.dp2")
+    *(("streaming", layout) for layout in LAYOUTS), ("nesterov", "dp4"), ("nesterov", "tp2.dp2"), ("average", "dp4"),
+    ("average", "pp2.dp2"), ("adasum", "dp4"), ("adasum", "dp2.mb2"), ("adasum", "tp2.sp.dp2"), ("adasum", "pp2.dp2"),
 ])  # fmt: skip
 def test_workers_and_outer_steps_are_those_done_by_hand(method: str, layout: str) -> None:
     world, values = LAYOUTS[layout]
@@ -246,7 +245,6 @@ def load_and_go_on(rank: int, config: Config, world: int, path: Path, at: int) -
     return {"weights": outer_weights(engine), "curve": curve}
 
 
-@pytest.mark.parametrize("at", [3, 4, 5])
 @pytest.mark.parametrize(("method", "layout", "values"), [
     ("nesterov", "dp2", {}),
     ("streaming", "dp2", {}),
@@ -254,7 +252,8 @@ def load_and_go_on(rank: int, config: Config, world: int, path: Path, at: int) -
     ("streaming", "dp2", {"compression.codec": "int4", "compression.min_elements": 100}),
     ("streaming", "dp4.zero3.rep2", {"compression.codec": "topk", "compression.min_elements": 100}),
 ])  # fmt: skip
-def test_resume_within_a_round_is_bit_exact(tmp_path: Path, method: str, layout: str, values: dict, at: int) -> None:
+def test_resume_within_a_round_is_bit_exact(tmp_path: Path, method: str, layout: str, values: dict) -> None:
+    at = 4
     world, where = LAYOUTS[layout]
     config = outer_config(method, **{**where, **values, "precision": "fp32"})
     undisturbed = run_ranks(save_and_go_on, world, config, world, tmp_path, at)
@@ -299,8 +298,10 @@ def test_other_numbers_of_workers_take_means_or_copies(tmp_path: Path) -> None:
         assert torch.equal(weight, saved[rank % 4])
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int4", "sign", "topk", "powersgd"])
-@pytest.mark.parametrize("layout", ["dp4", "tp2.dp2", "pp2.dp2"])
+@pytest.mark.parametrize(("codec", "layout"), [
+    ("bf16", "dp4"), ("int4", "tp2.dp2"), ("sign", "pp2.dp2"), ("topk", "dp4"), ("powersgd", "tp2.dp2"),
+    ("powersgd", "pp2.dp2"),
+])  # fmt: skip
 def test_coded_changes_are_the_same_on_all_workers(codec: str, layout: str) -> None:
     world, values = LAYOUTS[layout]
     coded = {"compression.codec": codec, "compression.min_elements": 100, "compression.rank": 2}

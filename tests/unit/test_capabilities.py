@@ -14,7 +14,8 @@ BEYOND = {
     "parallel.sequence": "parallel.sequence=true", "parallel.pipeline": "parallel.pipeline=2",
     "parallel.context": "parallel.context=2", "parallel.zero": "parallel.zero=2",
     "parallel.replicate": "parallel.replicate=2", "parallel.offload": "parallel.offload=true",
-    "compression.codec": "compression.codec=topk", "outer.method": "outer.method=nesterov", "deepspeed": "deepspeed={comms_logger: {enabled: true}}",
+    "compression.codec": "compression.codec=topk", "outer.method": "outer.method=nesterov",
+    "deepspeed": "deepspeed={comms_logger: {enabled: true}}",
     "horovod": "horovod.compression=fp16",
 }  # fmt: skip
 """For each feature that an engine may lack, a value beyond what every engine can do."""
