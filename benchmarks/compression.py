@@ -333,8 +333,11 @@ def markdown(about: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
     ]
     trained = any("steps" in run for run in runs)
     if trained:
-        lines += ["", f"Loss: held-out nats a byte after {about['train_s']:g} seconds in steps, and after as many steps "
-                  f"as without a codec; AdamW, learning rate {RATE:g} after {WARM_UP} steps, untuned, one seed."]  # fmt: skip
+        lines += [
+            "",
+            f"Loss: held-out nats a byte after {about['train_s']:g} seconds in steps, and after as many steps "
+            f"as without a codec; AdamW, rate {RATE:g} after {WARM_UP} steps, untuned, one seed.",
+        ]
     for count, rate in dict.fromkeys((run["hosts"], run["rate"]) for run in runs):
         here = [run for run in runs if (run["hosts"], run["rate"]) == (count, rate)]
         base = next((statistics.median(run["seconds"]) for run in here if run["name"] == BASE), None)
