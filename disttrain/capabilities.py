@@ -22,6 +22,7 @@ ENGINES: dict[str, dict[str, tuple | Literal["any", "default"]]] = {
     "native": {
         "precision": ANY,
         "run.compile": ANY,
+        "optim.name": ANY,
         "parallel.tensor": ANY,
         "parallel.sequence": ANY,
         "parallel.pipeline": ANY,
@@ -40,6 +41,7 @@ ENGINES: dict[str, dict[str, tuple | Literal["any", "default"]]] = {
     "deepspeed": {
         "precision": ("auto", "fp32", "bf16", "fp16"),
         "run.compile": (False,),
+        "optim.name": ("adamw",),
         "parallel.tensor": (1,),
         "parallel.sequence": (False,),
         "parallel.pipeline": (1,),
@@ -56,6 +58,7 @@ ENGINES: dict[str, dict[str, tuple | Literal["any", "default"]]] = {
     "horovod": {
         "precision": ANY,
         "run.compile": (False,),
+        "optim.name": ("adamw",),
         "parallel.tensor": ANY,
         "parallel.sequence": ANY,
         "parallel.pipeline": (1,),

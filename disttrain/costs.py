@@ -142,7 +142,8 @@ def state_bytes_per_parameter(precision: Precision) -> StateBytes:
 
 
 def checkpoint_bytes(model: ModelConfig, precision: Precision) -> int:
-    """Bytes of one checkpoint: weights and both AdamW moments, 12 for each parameter (24 in fp64)."""
+    """Bytes of one checkpoint: weights and both moments, 12 for each parameter (24 in fp64); error feedback, and 1-bit
+    LAMB's third moment, come on top."""
     each = state_bytes_per_parameter(precision)
     return parameter_count(model).total * (each.weight + each.optimizer)
 

@@ -173,6 +173,10 @@ def predict(config: Config, mesh: Mesh, precision: Precision, micro_batches: int
             parameters += sum(map(prod, shapes.values()))
             more = zero_bytes(shapes, parallel.zero, mesh.shard * mesh.context, precision, micro_batches > 1)
             state = StateBytes(*(a + b for a, b in zip(state, more, strict=True)))
+            if config.compression.codec == "onebit_lamb":  # fresh second moments of matrices
+                fresh = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
+                each = costs.state_bytes_per_parameter(precision).weight
+                state = state._replace(optimizer=state.optimizer + fresh * each)
         held = [layers[number] for number in numbers]
         last = numbers[-1] == size * virtual - 1
         activations = _activations(config, mesh, precision, micro_batches, rank, held, last)

@@ -24,7 +24,7 @@ def total_steps(config: Config) -> int | None:
 def validate(config: Config, world_size: int) -> list[Problem]:
     """Every contradiction between settings, for a run on this many ranks."""
     checks = (_model(config), _batch(config, world_size), _length(config), _optimizer(config), _ignored(config),
-              compression_problems(config, world_size), outer_problems(config))  # fmt: skip
+              compression_problems(config, world_size, total_steps(config)), outer_problems(config))  # fmt: skip
     return [*(problem for check in checks for problem in check), *layout_problems(config, world_size)]
 
 
@@ -115,6 +115,8 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         yield no_effect(config, "optim.decay_fraction", "optim.schedule", "optim.schedule=wsd")
     if given(config, "optim.min_lr_ratio") and optim.schedule in ("constant", "inverse_sqrt"):
         yield no_effect(config, "optim.min_lr_ratio", "optim.schedule", "optim.schedule=cosine, linear or wsd")
+    if given(config, "optim.implementation") and optim.name != "adamw":
+        yield no_effect(config, "optim.implementation", "optim.name", "optim.name=adamw")
     scale = config.loss_scale
     if scale.minimum > scale.initial:
         yield Problem(

@@ -20,8 +20,11 @@ PipelineSchedule = Literal[
 ]
 
 GradientCodec = Literal[
-    "none", "auto", "fp16", "bf16", "int8", "int4", "qsgd", "topk", "randomk", "threshold", "sign", "powersgd"
-]
+    "none", "auto", "fp16", "bf16", "int8", "int4", "qsgd", "topk", "randomk", "threshold", "sign", "powersgd",
+    "onebit_adam", "onebit_lamb",
+]  # fmt: skip
+ONE_BIT: dict[GradientCodec, str] = {"onebit_adam": "adamw", "onebit_lamb": "lamb"}
+"""Codecs that are half an optimizer, and the optim.name that is the other half."""
 
 WandbName = Annotated[str, Field(pattern=r"^[^/\\#?%:\r\n]+$", max_length=128)]
 
@@ -154,8 +157,9 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov and Hutter 2019): decay is decoupled and applied to matrices only."""
+    name: Literal["adamw", "lamb"] = "adamw"
+    """adamw (Loshchilov and Hutter 2019) or lamb (You et al. 2020), whose steps are as long as each matrix's weights say.
+    Decay is decoupled and applied to matrices only."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     beta1: Fraction = 0.9
@@ -167,7 +171,7 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay of matrices and embeddings."""
     implementation: Literal["auto", "fused", "foreach"] = "auto"
-    """torch's kernel for the update; auto takes fused."""
+    """torch's kernel for the update of adamw; auto takes fused."""
     schedule: Schedule = "cosine"
     """Shape of the learning rate after warm-up. wsd: warm-up, stable, decay."""
     warmup_steps: NonNegative = 0
@@ -237,6 +241,9 @@ class CompressionConfig(Section):
     """Columns of powersgd's factors."""
     warm_start: bool = True
     """powersgd goes on from the last step's factor instead of a random one."""
+    warmup_steps: NonNegative = 0
+    """First steps (skipped ones count) with whole gradients. onebit_adam and onebit_lamb learn second moments in them, which
+    then stay."""
     min_elements: Positive = 4096
     """Parameters with fewer elements travel whole; vectors always do."""
     embeddings: bool = True

@@ -11,18 +11,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config.checks import total_steps
-from disttrain.config.schema import Config, Precision
+from disttrain.config.schema import ONE_BIT, Config, Precision
 from disttrain.engines import Batch, Held, Moment, Reduction, Saved, State, StepResult, objective
-from disttrain.grad_compression.compressor import Compressor
+from disttrain.engines.native_state import NativeState
+from disttrain.grad_compression.compressor import Compressor, Known
 from disttrain.models import Model
 from disttrain.models.layers import LossSum
-from disttrain.optim import build_optimizer
-from disttrain.parallel import compression_state, data, gradients, sharding
+from disttrain.optim import OneBitAdamW, OneBitLamb, build_optimizer
+from disttrain.parallel import data, gradients, sharding
 from disttrain.parallel.collectives import Counted, GroupLink, reduce_over
 from disttrain.parallel.groups import Group, Groups, beside
 from disttrain.parallel.outer import OuterSteps
 from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
+from disttrain.parallel.whole import across_parts
 from disttrain.precision import LossScale, autocast, master_dtype
 
 
@@ -47,15 +49,18 @@ class NativeEngine:
         summed = reduction is None and not apart
         self.chunks = parallelize(config, groups, device, precision, summed, self._compressor, apart)
         self.parameters = [p for chunk in self.chunks for p in chunk.parameters if p.parameter.requires_grad]
-        self.optimizer = build_optimizer(config.optim, [(p.shard.name, p.master) for p in self.parameters])
+        masters = [(p.shard.name, p.master) for p in self.parameters]
+        self._inner = groups.inner(config.parallel.zero) if apart else groups.data
+        """Data ranks whose gradients are summed every step."""
+        across = across_parts(self.parameters, groups, self._inner, device)
+        self.optimizer = build_optimizer(config.optim, masters, config.compression.codec, across)
         self._reduction = reduction
         if reduction is not None:
-            self.optimizer = reduction.attach(self.optimizer, [(p.shard.name, p.master) for p in self.parameters])
-        self._outer, self._inner = None, groups.data
+            self.optimizer = reduction.attach(self.optimizer, masters)
+        self._outer = None
         if apart:
             state = self.optimizer.state
             self._outer = OuterSteps(config.outer, self.parameters, groups, link, self._compressor, state)
-            self._inner = groups.inner(config.parallel.zero)
         self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
         self._settled = not any(isinstance(chunk.module, DistributedDataParallel) for chunk in self.chunks)
         self.watch: Callable[[Moment], None] | None = None
@@ -82,23 +87,24 @@ class NativeEngine:
             chunk.model.train()
         batches = [self._prepare(batch) for batch in micro_batches]
         divided, counts, tokens = self._count(batches)
-        gradients_coded = self._compressor if self._outer is None else None
-        if gradients_coded is not None:
-            gradients_coded.begin(step, self.scale.value, may_skip=self.scale.dynamic or not self._settled)
+        coder = self._compressor if self._outer is None else None  # of gradients
+        if coder is not None:
+            may_skip = self.scale.dynamic or not self._settled
+            coder.begin(step, self.scale.value, may_skip, self._known(step))
         sums = self._forward_and_backward(batches, divided)
         totals = reduce_over(self.groups.world, sums)
         if self._reduction is not None:
             self._reduction.complete()
         reduced = self._pipeline is None and not self.config.parallel.zero
-        gradients.complete(self.parameters, self.groups, self._model.tied, reduced, gradients_coded, self._inner)
+        gradients.complete(self.parameters, self.groups, self._model.tied, reduced, coder, self._inner)
         self._tell("reduced")
         scale = self.scale.value
         norm, skipped = self._unscale_and_clip()
         self._tell("clipped")
         if not skipped:
-            self._update(learning_rate)
-            if gradients_coded is not None:
-                gradients_coded.keep()
+            self._update(step, learning_rate)
+            if coder is not None:
+                coder.keep()
         for p in self.parameters:
             p.parameter.grad = p.master.grad = None
         if self._outer is not None:
@@ -214,8 +220,21 @@ class NativeEngine:
             gradients.multiply(self.parameters, factor)
         return norm, skipped
 
-    def _update(self, learning_rate: float) -> None:
-        """AdamW on the local tensors."""
+    def _known(self, step: int) -> Known:
+        """The momentum, as a part of the next one's gradient: 1-bit Adam and 1-bit LAMB send it after their warm-up. Where
+        two stages sum the gradients of a weight, each takes half."""
+        if self.config.compression.codec not in ONE_BIT or step <= self.config.compression.warmup_steps:
+            return {}
+        beta1 = self.config.optim.beta1
+        twice = {*self._tied, *self._tied.values()} if self._pipeline is not None else set()
+        states = {p.shard.name: self.optimizer.state.get(p.master) for p in self.parameters}
+        return {name: (state["exp_avg"], beta1 / (1 - beta1) / (2 if name in twice else 1))
+                for name, state in states.items() if state}  # fmt: skip
+
+    def _update(self, step: int, learning_rate: float) -> None:
+        """The optimizer on the local tensors."""
+        if isinstance(self.optimizer, OneBitAdamW | OneBitLamb):
+            self.optimizer.frozen = step > self.config.compression.warmup_steps
         for p in self.parameters:
             p.master.grad = p.gradient
         for group in self.optimizer.param_groups:
@@ -274,59 +293,24 @@ class NativeEngine:
         """Weights and moments by parameter name, each knowing its place in the whole, and the loss scale."""
         if self._reduction is not None:
             self._reduction.agree()
-        mesh = sharding.state_mesh(self.groups, self.device.type)
-        model: dict[str, Tensor] = {}
-        moments: dict[str, dict[str, Tensor]] = {}
-        for p in self.parameters:
-            name = p.shard.tied_to or p.shard.name
-            if p.master.numel() == 0:
-                continue  # nothing of it is here
-            state = self.optimizer.state[p.master] or _no_moments(p.master)
-            self.optimizer.state[p.master] = state
-            weight = p.master.detach() if self._outer is None else self._outer.weight[p.shard.name]
-            model[name] = sharding.as_whole(p.shard, weight, mesh)
-            moments[name] = {
-                key: value if value.ndim == 0 else sharding.as_whole(p.shard, value, mesh)
-                for key, value in state.items()
-            }
-        state: State = {"model": model, "optimizer": moments, "engine": {"loss_scale": asdict(self.scale)}}
-        if self._outer is not None:
-            state["outer"] = self._outer.saved_state(mesh)  # waits for residuals on its thread, too
-            state["engine"]["outer_arrives"] = self._outer.arrives
-        if self._compressor is not None:
-            state["compression"] = compression_state.saved_state(self.parameters, self._compressor, self.groups, mesh)
-        return state
+        state = self._state.tensors()
+        arrives = {} if self._outer is None else {"outer_arrives": self._outer.arrives}
+        return {**state, "engine": {"loss_scale": asdict(self.scale), **arrives}}
 
     def to_fill(self, saved: Saved) -> State:
-        """What `state_dict` gives, with room for the residuals that the checkpoint has."""
-        state = self.state_dict()
-        del state["engine"]
-        mesh = sharding.state_mesh(self.groups, self.device.type)
-        if self._outer is not None:
-            state["outer"] = self._outer.to_fill(saved(), mesh)
-        if self._compressor is not None:
-            state["compression"] = compression_state.to_fill(
-                saved(), self.parameters, self._compressor, self._tied, self.groups, mesh
-            )
-        return state
+        """What `state_dict` gives, with room for what else the checkpoint has: residuals, workers, frozen moments."""
+        return self._state.to_fill(saved)
 
     def load_state_dict(self, state: State) -> None:
         """Take over what `to_fill` gave, filled, also where its tensors are the engine's very own."""
-        with torch.no_grad():
-            for p in self.parameters:
-                name = p.shard.tied_to or p.shard.name
-                if p.master.numel() == 0:
-                    continue
-                p.master.copy_(sharding.local(state["model"][name]))
-                saved = {key: sharding.local(value).clone() for key, value in state["optimizer"][name].items()}
-                self.optimizer.state[p.master] = saved
         self.scale = LossScale(**state["engine"]["loss_scale"])
-        if self._outer is not None:
-            self._outer.take(state.get("outer", {}), state["engine"].get("outer_arrives", []))
-        if self._compressor is not None:
-            compression_state.take(
-                state.get("compression", {}), self.parameters, self._compressor, self._tied, self.groups
-            )
+        self._state.take(state, state["engine"].get("outer_arrives", []))
+
+    @property
+    def _state(self) -> NativeState:
+        return NativeState(
+            self.parameters, self.optimizer, self._compressor, self._outer, self._tied, self.groups, self.device.type
+        )
 
     def close(self) -> None:
         """Let go of DDP while the process group still lives; the engine cannot step after this.
@@ -347,9 +331,3 @@ def _make_compressor(config: Config, group: Group) -> Compressor | None:
     if config.compression.codec == "none" or group.size == 1:
         return None
     return Compressor(config.compression, GroupLink(group), config.run.seed)
-
-
-def _no_moments(master: Tensor) -> dict[str, Tensor]:
-    """The state that AdamW starts from."""
-    step = torch.zeros((), dtype=torch.float32, device=master.device)
-    return {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}

@@ -331,5 +331,7 @@ CODECS: dict[str, Maker] = {
     "randomk": lambda c: RandomK(max(1, round(1 / c.ratio)), not c.feeds_back),
     "threshold": lambda c: Threshold(c.threshold),
     "sign": lambda c: Sign(),
+    "onebit_adam": lambda c: Sign(),
+    "onebit_lamb": lambda c: Sign(),
 }
 """Names of `compression.codec` and what they make of the settings."""

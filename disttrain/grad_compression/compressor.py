@@ -14,6 +14,8 @@ from disttrain.grad_compression.link import Link
 from disttrain.grad_compression.powersgd import PowerSGD
 
 Named = Sequence[tuple[str, Tensor]]
+Known = Mapping[str, tuple[Tensor, float]]
+"""A tensor and a factor by parameter: their product is known to all ranks and is sent with the sum of the gradients."""
 
 
 class Compressor:
@@ -38,6 +40,7 @@ class Compressor:
         self._new_factor: dict[str, Tensor] = {}
         self._spent: set[str] = set()
         self._step, self._calls, self._scale, self._may_skip = 0, 0, 1.0, True
+        self._known: Known = {}
 
     def cover(self, shapes: Mapping[str, torch.Size], copied: Iterable[str]) -> None:
         """Decide which parameters of these local shapes are coded. Of those in `copied` other ranks hold copies that must
@@ -59,10 +62,14 @@ class Compressor:
         assert self.codec is not None
         return self.codec.nbytes(-(-shape.numel() // self.codec.block) * self.codec.block)
 
-    def begin(self, step: int, scale: float, may_skip: bool) -> None:
+    def begin(self, step: int, scale: float, may_skip: bool, known: Known | None = None) -> None:
         """A step begins; its gradients are `scale` times too large. One that cannot be skipped changes the residuals at
-        once, which spares the memory of new ones beside the old."""
-        self._step, self._scale, self._may_skip = step, scale, may_skip
+        once, which spares the memory of new ones beside the old.
+
+        What is `known`, unscaled, the same on all ranks, is coded together with the gradients, each rank adding its share,
+        and taken off their sum again: so 1-bit Adam sends its momentum (Tang et al. 2021, algorithm 1).
+        """
+        self._step, self._scale, self._may_skip, self._known = step, scale, may_skip, known or {}
         self.forget()
 
     def keep(self) -> None:
@@ -80,8 +87,9 @@ class Compressor:
     @torch.no_grad()
     def sum_(self, named: Named) -> None:
         """Sum gradients over the group in place."""
-        whole = [(name, gradient) for name, gradient in named if name not in self.coded]
-        coded = [(name, gradient) for name, gradient in named if name in self.coded]
+        codes = self._codes
+        whole = [(name, gradient) for name, gradient in named if name not in codes]
+        coded = [(name, gradient) for name, gradient in named if name in codes]
         if whole:
             flat = self._whole(torch.cat([self._input(*one) for one in whole]))
             _fill([gradient for _, gradient in whole], flat.split([gradient.numel() for _, gradient in whole]))
@@ -90,6 +98,7 @@ class Compressor:
             self.link.instead_of(inputs)
             sums, lost = self._carried(names, inputs)
             self._lose(names, lost)
+            self._add_known(names, sums, -1.0)
             _fill([gradient for _, gradient in coded], sums)
 
     @torch.no_grad()
@@ -100,8 +109,8 @@ class Compressor:
         """
         columns = list(zip((name for name, _ in named), rows.split([width for _, width in named], 1), strict=True))
         places = out.split([width for _, width in named])
-        whole = [i for i, (name, _) in enumerate(columns) if name not in self.coded]
-        coded = [i for i, (name, _) in enumerate(columns) if name in self.coded]
+        whole = [i for i, (name, _) in enumerate(columns) if name not in self._codes]
+        coded = [i for i, (name, _) in enumerate(columns) if name in self._codes]
         rank = self.link.rank
         if whole:
             inputs = [self._input(*columns[i]).view(self.link.size, -1) for i in whole]
@@ -126,6 +135,11 @@ class Compressor:
         self._lose(names, [part[: self.coded[name].numel()] for name, part in zip(names, lost, strict=True)])
         _fill([places[i] for i in coded], sums)
 
+    @property
+    def _codes(self) -> Mapping[str, torch.Size]:
+        """What is coded in this step."""
+        return self.coded if self._step > self._config.warmup_steps else {}
+
     def _whole(self, tensor: Tensor) -> Tensor:
         self.link.instead_of([tensor])
         return self.link.sum(tensor)
@@ -133,6 +147,7 @@ class Compressor:
     def _inputs(self, coded: Named) -> list[Tensor]:
         """What is coded: all NaN where one element is not finite."""
         inputs = [self._input(name, gradient) for name, gradient in coded]
+        self._add_known([name for name, _ in coded], inputs, 1 / self.link.size)
         for x in inputs:
             total = x.sum()
             if x.device.type != "cpu":
@@ -140,6 +155,12 @@ class Compressor:
             elif not math.isfinite(total):
                 x.fill_(math.nan)
         return inputs
+
+    def _add_known(self, names: Sequence[str], flat: Sequence[Tensor], share: float) -> None:
+        for name, x in zip(names, flat, strict=True) if self._known else ():
+            if name in self._known:
+                known, factor = self._known[name]
+                x.add_(known.reshape(-1), alpha=share * factor * self._scale)
 
     def _input(self, name: str, gradient: Tensor) -> Tensor:
         """A gradient and what there is to feed back, flat, in the gradient's memory where that can be; it may be filled up

@@ -38,11 +38,12 @@ def to_fill(
 ) -> State:  # fmt: skip
     """Tensors for what this rank takes from a checkpoint, to be filled."""
     state: State = {}
+    gone = _gone(tied, groups)
     for p in parameters:
         shard = p.shard.in_link(groups)
         empty = torch.zeros(shard.local_shape, dtype=p.master.dtype, device=p.master.device)
         if empty.numel():
-            for key in _terms(saved, p.shard, parameters, compressor, tied):
+            for key in _terms(saved, p.shard, compressor, gone):
                 state[key] = as_whole(shard, empty.clone(), mesh)
         key = _factor(shard)
         if compressor.low_rank is not None and empty.ndim > 1:
@@ -57,22 +58,40 @@ def take(
 ) -> None:
     """Go on from what `to_fill` had filled."""
     compressor.residual, compressor.factor = {}, {}
-    saved = {_PREFIX + key: value.shape for key, value in state.items()}
+    saved, gone = {_PREFIX + key: value.shape for key, value in state.items()}, _gone(tied, groups)
     for p in parameters:
         name, shard = p.shard.name, p.shard.in_link(groups)
-        for key in _terms(saved, p.shard, parameters, compressor, tied):
+        for key in _terms(saved, p.shard, compressor, gone):
             term = local(state[key])
             compressor.residual[name] = compressor.residual[name] + term if name in compressor.residual else term
         if (factor := state.get(_factor(shard))) is not None:
             compressor.factor[name] = factor
 
 
-def _terms(
-    saved: Saved, shard: Shard, parameters: list[LocalParameter], compressor: Compressor, tied: Mapping[str, str]
-) -> Iterator[str]:
-    """Names of the residuals that belong to a parameter of this rank, those of a tied copy that is no longer there too."""
-    held = {p.shard.name for p in parameters}
-    names = {shard.name, *(copy for copy, source in tied.items() if source == shard.name and copy not in held)}
+def add_frozen(
+    moments: dict[str, State], saved: Saved, parameters: list[LocalParameter], keys: Sequence[str], mesh: DeviceMesh
+) -> None:
+    """Of what 1-bit optimizers keep beside AdamW's state under these keys, room for exactly what a checkpoint has."""
+    for p in parameters:
+        name = p.shard.tied_to or p.shard.name
+        for key in keys if name in moments else ():
+            moments[name].pop(key, None)
+            shape = saved.get(f"optimizer.{name}.{key}")
+            if shape is None:
+                continue
+            empty = torch.zeros_like(p.master) if shape else p.master.detach().new_zeros(())
+            empty = empty.float() if key == "frozen_step" else empty
+            moments[name][key] = as_whole(p.shard, empty, mesh) if shape else empty
+
+
+def _gone(tied: Mapping[str, str], groups: Groups) -> Mapping[str, str]:
+    """Tied copies that are parameters of their own on other layouts: those of a pipeline's last stage."""
+    return tied if groups.pipeline.size == 1 else {}
+
+
+def _terms(saved: Saved, shard: Shard, compressor: Compressor, gone: Mapping[str, str]) -> Iterator[str]:
+    """Names of the residuals that belong to a parameter of this rank, those of tied copies that are gone too."""
+    names = {shard.name, *(copy for copy, source in gone.items() if source == shard.name)}
     link = compressor.link
     for name in sorted(saved):
         kind, _, rest = name.removeprefix(_PREFIX).partition(".")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from disttrain import checkpoint, memory
 from disttrain.config.load import with_values
-from disttrain.config.schema import Config, GradientCodec
+from disttrain.config.schema import ONE_BIT, Config, GradientCodec
 from disttrain.engines.native import NativeEngine
 from disttrain.mesh import build_mesh
 from disttrain.verify.gathering import Gathering
@@ -52,10 +52,13 @@ LAYOUTS = {
     "dp4.zero2.rep2.mb1": (4, {"parallel.zero": 2, "parallel.replicate": 2, "train.micro_batch_size": 1}),
     "tp2.dp2.zero2": (4, {"parallel.tensor": 2, "parallel.zero": 2}),
 }
+TIED = (4, {**LAYOUTS["pp2.dp2"][1], "compression.embeddings": True})
+"""First and last stage hold the same weight and code its gradient, each its part."""
 
 
 def coded(codec: str, **values) -> Config:
     return config_for("gpt", **{
+        "optim.name": ONE_BIT.get(codec, "adamw"),  # pyright: ignore[reportArgumentType, reportCallIssue]
         "compression.codec": codec, "compression.min_elements": 100, "compression.ratio": 0.1,
         "compression.threshold": 1.5, "compression.rank": 2, **values,
     })  # fmt: skip
@@ -113,10 +116,11 @@ def residuals(engine) -> dict[str, torch.Tensor]:
     return gathering.bring(None, {"late": gathering.flat(held)}, {}).whole.get("late", {})
 
 
-EVERYWHERE = ("int8", "topk", "powersgd")
-"""One codec of each carriage is shown on every layout, the others on three."""
-CASES = [(codec, layout) for codec in CODECS for layout in LAYOUTS
-         if codec in EVERYWHERE or layout in ("dp2", "dp4", "dp2.zero1")]  # fmt: skip
+EVERYWHERE = ("int8", "topk", "powersgd", "onebit_adam")
+"""One codec of each carriage is shown on every layout, the others on three; the momentum of `ONE_BIT` cannot be sharded."""
+CASES = [(codec, layout) for codec in CODECS for layout, (_, values) in LAYOUTS.items()
+         if (codec in EVERYWHERE or layout in ("dp2", "dp4", "dp2.zero1"))
+         and not (codec in ONE_BIT and "parallel.zero" in values)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("codec", "layout"), CASES)
@@ -135,6 +139,17 @@ def test_nothing_is_lost_but_late(codec: str, layout: str) -> None:
     assert found["sent"] < found["uncompressed"]
     predicted = memory.predict(config, build_mesh(config.parallel, world), "fp64", 2)[0].feedback
     assert found["bytes"] == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2.zero2.mb2", "dp4.zero2.rep2.mb1"])
+def test_whole_gradients_come_first_where_that_is_asked(layout: str) -> None:
+    world, values = LAYOUTS[layout]
+    found = [run_ranks(summed_gradients, world, coded("topk", **values, **more), world, 0.0)[0]
+             for more in ({}, {"compression.warmup_steps": 2}, {"compression.warmup_steps": 3})]  # fmt: skip
+    sent = [each["sent"] for each in found]
+    assert sent[0] < sent[1] < sent[2] == found[2]["uncompressed"]
+    assert all(not residual.any() for residual in found[2]["late"].values())
+    assert any(residual.any() for residual in found[1]["late"].values())
 
 
 def save_and_go_on(rank: int, config: Config, world: int, folder: Path) -> tuple:
@@ -160,22 +175,23 @@ def load_and_go_on(rank: int, config: Config, world: int, path: Path) -> tuple:
     return gathered(engine, "weight"), late
 
 
-def advance(engine: NativeEngine, config: Config, rank: int, steps: range) -> None:
+def advance(engine: NativeEngine, config: Config, rank: int, steps: range, rate: float = 1e-2) -> None:
     mesh = engine.groups.mesh
     share = config.train.global_batch_size // mesh.data_ranks
     start, size = mesh.data_rank(rank) * share, config.train.micro_batch_size or share
     for step in steps:
         batch = global_batch("gpt", step)
         micro_batches = [{k: v[i : i + size] for k, v in batch.items()} for i in range(start, start + share, size)]
-        engine.step(micro_batches, step, learning_rate=1e-2)
+        engine.step(micro_batches, step, learning_rate=rate)
 
 
 @pytest.mark.parametrize(("codec", "layout"), [
     ("topk", "dp4"), ("sign", "dp2.mb2"), ("int4", "dp4"), ("randomk", "dp2"), ("powersgd", "dp4"), ("int8", "dp2"),
     ("topk", "dp2.zero2.mb2"), ("powersgd", "dp3.zero3"), ("sign", "dp4.zero2.rep2.mb1"), ("powersgd", "pp2.dp2"),
+    ("sign", "pp2.dp2.tied"),
 ])  # fmt: skip
 def test_resume_is_bit_exact(tmp_path: Path, codec: str, layout: str) -> None:
-    world, values = LAYOUTS[layout]
+    world, values = TIED if layout == "pp2.dp2.tied" else LAYOUTS[layout]
     config = coded(codec, **{**values, "precision": "fp32"})
     undisturbed, late = run_ranks(save_and_go_on, world, config, world, tmp_path)[0]
     weights, loaded = run_ranks(load_and_go_on, world, config, world, tmp_path / "step_00000003")[0]
@@ -190,7 +206,7 @@ def test_resume_is_bit_exact(tmp_path: Path, codec: str, layout: str) -> None:
     ("dp4.zero2.rep2.mb1", "dp4"), ("dp4", "dp4.zero2.rep2.mb1"), ("pp2.dp2.tied", "dp2"), ("dp2", "pp2.dp2.tied"),
 ])  # fmt: skip
 def test_residuals_reach_another_layout(tmp_path: Path, before: str, after: str) -> None:
-    layouts = {**LAYOUTS, "pp2.dp2.tied": (4, {**LAYOUTS["pp2.dp2"][1], "compression.embeddings": True})}
+    layouts = {**LAYOUTS, "pp2.dp2.tied": TIED}
     (world, values), (later_world, later_values) = layouts[before], layouts[after]
     config = coded("topk", **{**values, "compression.error_feedback": True})
     _, late = run_ranks(save_and_go_on, world, config, world, tmp_path)[0]

@@ -90,6 +90,7 @@ def test_wrong_types_and_values(folder: Path, override: str) -> None:
     assert all(p.fix and p.message for p in found)
 
 
+ONE_BIT_ADAM = ["compression.codec=onebit_adam", "compression.warmup_steps=2"]
 PIPELINE = ["parallel.pipeline=2", "train.micro_batch_size=1"]
 
 CONTRADICTIONS: list[tuple[str, list[str], int, list[str], str]] = [
@@ -118,6 +119,30 @@ CONTRADICTIONS: list[tuple[str, list[str], int, list[str], str]] = [
      "compression.codec=none"),
     ("coded and offloaded", ["parallel.zero=2", "parallel.offload=true", "compression.codec=int8"], 2,
      ["compression.codec=int8", "parallel.offload=true"], "parallel.offload=false"),
+    ("warm-up without a codec", ["compression.warmup_steps=2"], 2, ["compression.warmup_steps=2", "compression.codec=none"],
+     "another compression.codec"),
+    ("a codec that never starts", ["compression.codec=topk", "compression.warmup_steps=10"], 2,
+     ["compression.warmup_steps=10", "10 training steps"], "at most compression.warmup_steps=9"),
+    ("1-bit Adam of workers", [*ONE_BIT_ADAM, "outer.method=average"], 2,
+     ["compression.codec=onebit_adam", "outer.method=average"], "compression.codec=sign"),
+    ("1-bit Adam without warm-up", ["compression.codec=onebit_adam"], 2,
+     ["compression.codec=onebit_adam", "compression.warmup_steps=0", "10 training steps"], "compression.warmup_steps, "),
+    ("1-bit Adam, all warm-up", [*ONE_BIT_ADAM, "compression.warmup_steps=10"], 2,
+     ["compression.codec=onebit_adam", "compression.warmup_steps=10"], "for example 1"),
+    ("1-bit Adam with LAMB", [*ONE_BIT_ADAM, "optim.name=lamb"], 2, ["compression.codec=onebit_adam", "optim.name=lamb"],
+     "use optim.name=adamw or compression.codec=onebit_lamb"),
+    ("1-bit LAMB with Adam", [*ONE_BIT_ADAM, "compression.codec=onebit_lamb"], 2,
+     ["compression.codec=onebit_lamb", "optim.name=adamw"], "use optim.name=lamb or compression.codec=onebit_adam"),
+    ("1-bit Adam with ZeRO", [*ONE_BIT_ADAM, "parallel.zero=1"], 2, ["compression.codec=onebit_adam", "parallel.zero=1"],
+     "parallel.zero=0"),
+    ("1-bit Adam on another engine", ["engine=horovod", *ONE_BIT_ADAM], 2,
+     ["engine=horovod", "compression.codec=onebit_adam"], "codec=none"),
+    ("LAMB on DeepSpeed", ["engine=deepspeed", "optim.name=lamb"], 2, ["engine=deepspeed", "optim.name=lamb"],
+     "optim.name=adamw"),
+    ("LAMB on Horovod", ["engine=horovod", "optim.name=lamb"], 2, ["engine=horovod", "optim.name=lamb"],
+     "optim.name=adamw"),
+    ("AdamW's kernels for LAMB", ["optim.name=lamb", "optim.implementation=foreach"], 1,
+     ["optim.implementation=foreach", "optim.name=lamb"], "optim.name=adamw"),
     ("codec on another engine", ["engine=horovod", "compression.codec=int8"], 2, ["engine=horovod"], "codec=none"),
     ("outer without a method", ["outer.every=8"], 2, ["outer.every=8", "outer.method=none"], "outer.method=nesterov"),
     ("outer rate of a mean", ["outer.method=average", "outer.lr=0.5"], 2, ["outer.lr=0.5", "outer.method=average"],
@@ -231,6 +256,9 @@ LEGAL: list[tuple[list[str], int]] = [
     (["parallel.tensor=2"], 2),
     *((["compression.codec=topk", "compression.ratio=0.1"], world) for world in (1, 2, 4)),
     (["compression.codec=powersgd", "parallel.tensor=2", "parallel.zero=2"], 4),
+    *((ONE_BIT_ADAM, world) for world in (1, 2)),
+    (["compression.codec=onebit_lamb", "compression.warmup_steps=9", "optim.name=lamb", "parallel.tensor=2"], 4),
+    (["optim.name=lamb", "parallel.zero=3"], 2),
     (["parallel.tensor=4", "parallel.sequence=true", "parallel.recompute=full", "run.compile=true"], 8),
     (["parallel.tensor=2", "model.vocab_size=261"], 2),
     (PIPELINE, 2),

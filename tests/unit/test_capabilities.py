@@ -10,7 +10,8 @@ from disttrain.engines import ENGINES as MAKERS
 
 ROOT = Path(__file__).resolve().parents[2]
 BEYOND = {
-    "precision": "precision=fp64", "run.compile": "run.compile=true", "parallel.tensor": "parallel.tensor=2",
+    "precision": "precision=fp64", "run.compile": "run.compile=true", "optim.name": "optim.name=lamb",
+    "parallel.tensor": "parallel.tensor=2",
     "parallel.sequence": "parallel.sequence=true", "parallel.pipeline": "parallel.pipeline=2",
     "parallel.context": "parallel.context=2", "parallel.zero": "parallel.zero=2",
     "parallel.replicate": "parallel.replicate=2", "parallel.offload": "parallel.offload=true",

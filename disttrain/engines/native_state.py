@@ -1,0 +1,82 @@
+"""What the native engine has in checkpoints: weights, moments, residuals and outer steps, by parameter name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from disttrain.engines import Saved, State
+from disttrain.grad_compression.compressor import Compressor
+from disttrain.optim import OneBitAdamW, OneBitLamb, no_moments
+from disttrain.parallel import compression_state, sharding
+from disttrain.parallel.groups import Groups
+from disttrain.parallel.outer import OuterSteps
+from disttrain.parallel.sharding import LocalParameter
+
+
+@dataclass(frozen=True)
+class NativeState:
+    """Where an engine's tensors are. All ranks call each method together."""
+
+    parameters: list[LocalParameter]
+    optimizer: torch.optim.Optimizer
+    compressor: Compressor | None
+    outer: OuterSteps | None
+    tied: Mapping[str, str]
+    groups: Groups
+    device_type: str
+
+    def tensors(self) -> State:
+        """For a checkpoint: each tensor knows its place in the whole."""
+        mesh = sharding.state_mesh(self.groups, self.device_type)
+        model: dict[str, Tensor] = {}
+        moments: dict[str, dict[str, Tensor]] = {}
+        for p in self.parameters:
+            name = p.shard.tied_to or p.shard.name
+            if p.master.numel() == 0:
+                continue  # nothing of it is here
+            state = self.optimizer.state[p.master] or no_moments(p.master)
+            self.optimizer.state[p.master] = state
+            weight = p.master.detach() if self.outer is None else self.outer.weight[p.shard.name]
+            model[name] = sharding.as_whole(p.shard, weight, mesh)
+            moments[name] = {
+                key: value if value.ndim == 0 else sharding.as_whole(p.shard, value, mesh)
+                for key, value in state.items()
+            }
+        found: State = {"model": model, "optimizer": moments}
+        if self.outer is not None:
+            found["outer"] = self.outer.saved_state(mesh)  # waits for residuals on its thread, too
+        if self.compressor is not None:
+            found["compression"] = compression_state.saved_state(self.parameters, self.compressor, self.groups, mesh)
+        return found
+
+    def to_fill(self, saved: Saved) -> State:
+        """Room for what `tensors` gives, and for what only the checkpoint has."""
+        state = self.tensors()
+        mesh = sharding.state_mesh(self.groups, self.device_type)
+        if self.outer is not None:
+            state["outer"] = self.outer.to_fill(saved(), mesh)
+        if isinstance(self.optimizer, OneBitAdamW | OneBitLamb):
+            compression_state.add_frozen(state["optimizer"], saved(), self.parameters, self.optimizer.MORE, mesh)
+        if self.compressor is not None:
+            state["compression"] = compression_state.to_fill(
+                saved(), self.parameters, self.compressor, self.tied, self.groups, mesh
+            )
+        return state
+
+    def take(self, state: State, outer_arrives: Sequence[int]) -> None:
+        """Go on from what `to_fill` gave, filled."""
+        with torch.no_grad():
+            for p in self.parameters:
+                name = p.shard.tied_to or p.shard.name
+                if p.master.numel() == 0:
+                    continue
+                p.master.copy_(sharding.local(state["model"][name]))
+                saved = {key: sharding.local(value).clone() for key, value in state["optimizer"][name].items()}
+                self.optimizer.state[p.master] = saved
+        if self.outer is not None:
+            self.outer.take(state.get("outer", {}), outer_arrives)
+        if self.compressor is not None:
+            found = state.get("compression", {})
+            compression_state.take(found, self.parameters, self.compressor, self.tied, self.groups)
