@@ -11,8 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import torch._dynamo  # noqa: F401  imported before any fork: forked ranks then start in milliseconds
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("disttrain", deadline=None)  # no test depends on how busy the machine is
+settings.load_profile("disttrain")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
