@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from disttrain.grad_compression.codecs import Codec
+from disttrain.grad_compression.codecs import Codec, add_values
 from disttrain.grad_compression.link import Link
 
 Drawn = Callable[[int], torch.Generator]
@@ -37,15 +37,19 @@ def by_sum(
 def by_gather(
     codec: Codec, vectors: Sequence[Tensor], link: Link, drawn: Drawn, lost: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """One message that everybody gets from everybody. Messages of different lengths are filled up to the longest."""
+    """One message of places and values that everybody gets from everybody.
+
+    Where the codec does not fix its length, the lengths go before it, and it is filled up to the longest.
+    """
     codes = [codec.encode(x.unsqueeze(0), drawn(i), lost)[0] for i, x in enumerate(vectors)]
-    lengths = link.gather(torch.tensor([code.numel() for code in codes], device=vectors[0].device))
-    message = torch.zeros(int(lengths.sum(1).max()), dtype=torch.uint8, device=vectors[0].device)
-    message[: sum(code.numel() for code in codes)] = torch.cat(codes)
+    message, lengths = torch.cat(codes), [[code.numel() for code in codes]] * link.size
+    if not codec.fixed:
+        lengths = link.gather(torch.tensor(lengths[0], device=message.device)).tolist()
+        message = torch.nn.functional.pad(message, (0, max(map(sum, lengths)) - len(message)))
     sums = [torch.zeros_like(x) for x in vectors]
-    for got, sizes in zip(link.gather(message), lengths.tolist(), strict=True):
-        for i, code in enumerate(got[: sum(sizes)].split(sizes)):
-            sums[i] += codec.decode(code.view(1, -1), sums[i].numel(), sums[i].dtype, drawn(i))[0]
+    for got, sizes in zip(link.gather(message), lengths, strict=True):
+        for total, code in zip(sums, got[: sum(sizes)].split(sizes), strict=True):
+            add_values(total.unsqueeze(0), code.unsqueeze(0))
     return sums, list(vectors)
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from disttrain.config.schema import CompressionConfig, GradientCodec
-from disttrain.grad_compression.codecs import CODECS, Codec, Threshold, pack, unpack
+from disttrain.grad_compression.carriage import carry
+from disttrain.grad_compression.codecs import CODECS, Codec, Threshold, largest, pack, unpack
+from disttrain.parallel.codec_choice import CountingLink
 
 NAMES = [name for name in get_args(GradientCodec) if name not in ("none", "auto", "powersgd")]
 ROWS, N = 3, 2048
@@ -41,7 +43,7 @@ def test_shape_type_and_promised_bytes(name: str, dtype: torch.dtype) -> None:
     code = codec.encode(x, torch.Generator().manual_seed(1), False)
     assert N % codec.block == 0
     bytes_of_a_row = code.nbytes // len(x) // (dtype.itemsize // 4 if codec.carried == "sum" else 1)
-    assert bytes_of_a_row <= codec.nbytes(N) if isinstance(codec, Threshold) else bytes_of_a_row == codec.nbytes(N)
+    assert bytes_of_a_row == codec.nbytes(N) if codec.fixed else bytes_of_a_row <= codec.nbytes(N)
     assert codec.nbytes(N) < 4 * N
     back = codec.decode(code, N, dtype, torch.Generator().manual_seed(1))
     assert (back.shape, back.dtype) == (x.shape, dtype)
@@ -145,3 +147,39 @@ def test_threshold_by_hand() -> None:
     x = torch.ones(1, 100)
     x[0, 5] = 20.0  # the root mean square is 2.23
     assert through(codec_of("threshold"), x)[0].nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("values", ["normal", "heavy", "half zeros", "mostly zeros", "equal", "not finite", "last"])
+@pytest.mark.parametrize("n", [10, 5000, 100_000])
+def test_the_largest_are_those_of_topk(values: str, n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, generator=generator).abs()
+    match values:
+        case "heavy":
+            x = x.pow(8)
+        case "half zeros" | "mostly zeros":
+            x[torch.rand(n, generator=generator) < (0.5 if values == "half zeros" else 0.999)] = 0.0
+        case "equal":
+            x.fill_(2.0)
+        case "not finite":
+            x[::7], x[::1001] = math.inf, math.nan
+        case "last":
+            x[-n // 50 :] += 100.0
+    for count in (1, n // 100 or 1, n // 2):
+        found = largest(x, count)
+        assert len(found.unique()) == count
+        torch.testing.assert_close(x[found].sort().values, x.topk(count).values.flip(0), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("name", "messages"), [("topk", 1), ("threshold", 2)])
+def test_lengths_are_sent_where_they_differ_only(name: str, messages: int) -> None:
+    link, codec = CountingLink(2, 0), codec_of(name)
+    vectors = [rows(seed)[0] for seed in range(3)]
+    sums, _ = carry(codec, vectors, link, _unused, _unused, lost=False)
+    assert link.messages == messages
+    for sum_, x in zip(sums, vectors, strict=True):
+        torch.testing.assert_close(sum_, 2 * through(codec, x.unsqueeze(0))[0])
+
+
+def _unused(number: int) -> torch.Generator:
+    return torch.Generator()
