@@ -1,15 +1,17 @@
 """How codes become sums on every rank, for each kind of codec."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from disttrain.grad_compression.codecs import Codec, add_values
-from disttrain.grad_compression.link import Link
+from disttrain.grad_compression.codecs import Codec
+from disttrain.grad_compression.link import Arrival, Link
+from disttrain.grad_compression.sparse import add_values
 
 Drawn = Callable[[int], torch.Generator]
-"""A generator for the vector of this number, or for the sum's second coding (-1): new, at its start."""
+"""A generator for the vector or piece of this number, or -1 - number for the second coding of the sum: new, at its start."""
 
 
 def carry(
@@ -44,10 +46,10 @@ def by_gather(
     codes = [codec.encode(x.unsqueeze(0), drawn(i), lost)[0] for i, x in enumerate(vectors)]
     message, lengths = torch.cat(codes), [[code.numel() for code in codes]] * link.size
     if not codec.fixed:
-        lengths = link.gather(torch.tensor(lengths[0], device=message.device)).tolist()
+        lengths = link.gather(torch.tensor(lengths[0], device=message.device))().tolist()
         message = torch.nn.functional.pad(message, (0, max(map(sum, lengths)) - len(message)))
     sums = [torch.zeros_like(x) for x in vectors]
-    for got, sizes in zip(link.gather(message), lengths, strict=True):
+    for got, sizes in zip(link.gather(message)(), lengths, strict=True):
         for total, code in zip(sums, got[: sum(sizes)].split(sizes), strict=True):
             add_values(total.unsqueeze(0), code.unsqueeze(0))
     return sums, list(vectors)
@@ -58,30 +60,85 @@ def by_exchange(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Each rank adds the codes of one chunk and sends the code of the sum to all (Seide et al. 2014, Tang et al. 2021).
 
-    What the second coding loses is lost by the rank that made it.
+    So with each piece of the vectors that lie one after the other. What the second coding loses is lost by the rank that
+    made it.
     """
-    rows = in_rows(vectors, link.size, codec.block)
-    n, dtype = rows.shape[1], rows.dtype
-    chunk = scatter_rows(codec, rows, link, drawn, lost).unsqueeze(0)
-    code = codec.encode(chunk, drawn(-1), lost)
-    if lost:
-        rows[link.rank] += chunk[0]
-    whole = codec.decode(link.gather(code[0]), n, dtype, drawn(-1)).view(-1)
+    flat = joined(vectors, link.size * codec.block)
+    whole = torch.empty_like(flat) if lost else flat
+    width = link.size * piece_width(codec, flat)
+
+    def piece(number: int, rows: Tensor, out: Tensor) -> Piece:
+        n, dtype = rows.shape[1], rows.dtype
+        codes = yield link.exchange(codec.encode(rows, drawn(number), lost))
+        chunk = codec.decode(codes, n, dtype, drawn(number)).sum(0, keepdim=True)
+        code = codec.encode(chunk, drawn(-1 - number), lost)
+        if lost:
+            rows[link.rank] += chunk[0]
+        codes = yield link.gather(code[0])
+        out.copy_(codec.decode(codes, n, dtype, drawn(-1 - number)))
+
+    parts = zip(flat.split(width), whole.split(width), strict=True)
+    overlap(piece(i, x.view(link.size, -1), out.view(link.size, -1)) for i, (x, out) in enumerate(parts))
     sizes = [x.numel() for x in vectors]
-    sizes.append(rows.numel() - sum(sizes))
-    return list(whole.split(sizes)[:-1]), list(rows.view(-1).split(sizes)[:-1])
+    sizes.append(len(flat) - sum(sizes))
+    return list(whole.split(sizes)[:-1]), list(flat.split(sizes)[:-1])
 
 
 def scatter_rows(codec: Codec, rows: Tensor, link: Link, drawn: Drawn, lost: bool) -> Tensor:
     """Row r of [ranks, n] summed over the ranks on rank r; n is a multiple of the codec's block."""
-    codes = codec.encode(rows, drawn(0), lost)
-    return codec.decode(link.exchange(codes), rows.shape[1], rows.dtype, drawn(0)).sum(0)
+    mine = torch.empty_like(rows[0])
+    width = piece_width(codec, rows)
+
+    def piece(number: int, columns: Tensor, out: Tensor) -> Piece:
+        x = columns.contiguous()
+        codes = yield link.exchange(codec.encode(x, drawn(number), lost))
+        if lost:
+            columns.copy_(x)
+        torch.sum(codec.decode(codes, len(out), out.dtype, drawn(number)), 0, out=out)
+
+    parts = zip(rows.split(width, 1), mine.split(width), strict=True)
+    overlap(piece(i, columns, out) for i, (columns, out) in enumerate(parts))
+    return mine
 
 
-def in_rows(vectors: Sequence[Tensor], ranks: int, block: int) -> Tensor:
-    """One after the other in [ranks, n], filled up with zeros to whole blocks."""
+PIECE_BYTES = 1 << 17
+"""About how much of a row's code is made at a time on a CPU, while what was made before travels."""
+
+
+def piece_width(codec: Codec, x: Tensor) -> int:
+    """Elements of a row in one piece; all where the processor is not the one that waits for the link."""
+    return codec.block * max(1, PIECE_BYTES // codec.nbytes(codec.block)) if x.device.type == "cpu" else x.numel()
+
+
+Piece = Generator[Arrival, Tensor, None]
+"""One piece on its way: yields what it waits for and is sent what came."""
+
+
+def overlap(pieces: Iterable[Piece]) -> None:
+    """Take pieces through their messages, each one message behind the next: while one is coded, those before it travel.
+
+    The order of messages does not depend on when they come.
+    """
+    on_way: list[tuple[Piece, Arrival]] = []
+
+    def go_on() -> list[tuple[Piece, Arrival]]:
+        """Those that wait for one more message."""
+        waiting = []
+        for piece, arrival in on_way:
+            with suppress(StopIteration):
+                waiting.append((piece, piece.send(arrival())))
+        return waiting
+
+    for piece in pieces:
+        on_way = [(piece, next(piece)), *go_on()]
+    while on_way:
+        on_way = go_on()
+
+
+def joined(vectors: Sequence[Tensor], multiple: int) -> Tensor:
+    """One after the other, filled up with zeros."""
     total = sum(x.numel() for x in vectors)
-    rows = vectors[0].new_empty(ranks, -(-total // (ranks * block)) * block)
-    torch.cat([x.view(-1) for x in vectors], out=rows.view(-1)[:total])
-    rows.view(-1)[total:] = 0
-    return rows
+    flat = vectors[0].new_empty(-(-total // multiple) * multiple)
+    torch.cat([x.view(-1) for x in vectors], out=flat[:total])
+    flat[total:] = 0
+    return flat

@@ -12,6 +12,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from disttrain.grad_compression.packing import numbers, pack, unpack
+from disttrain.grad_compression.sparse import Threshold, TopK
+
 Carried = Literal["sum", "exchange", "gather"]
 
 
@@ -78,7 +81,7 @@ class Cast:
 
     def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Exact."""
-        return _as(code, self.dtype).to(dtype)
+        return code.view(self.dtype).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -148,10 +151,10 @@ class Quantiser:
         return n * self.bits // 8 + 4 * (n // self.block)
 
     def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
-        """Scales, then codes. Blocks that are a `PART` apart are rounded by the same random numbers."""
+        """Scales, then codes. Blocks that are a quarter of a `PART` apart are rounded by the same random numbers."""
         rounding = torch.full((1, self.block), 0.5).to(x)  # what is added before decimals are cut off
         if self.unbiased:
-            rounding = torch.rand(PART // self.block, self.block, generator=generator).to(x)
+            rounding = torch.rand(PART // 4 // self.block, self.block, generator=generator).repeat(4, 1).to(x)
         rounding += self.levels  # so that codes are not negative
 
         def part(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,124 +232,13 @@ def encode_blocks(
 def decode_blocks(codec: Quantiser | Sign, code: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `encode_blocks`, but for what is lost: [rows, n]."""
     head = 4 * (n // codec.block)
-    scales = _as(code[:, :head], torch.float32).view(-1)
+    scales = numbers(code[:, :head], torch.float32).view(-1)
     packed = code[:, head:].reshape(len(scales), -1)
     x = torch.empty(len(scales), codec.block, dtype=dtype, device=code.device)
     for start in range(0, len(scales), PART // codec.block):
         here = slice(start, start + PART // codec.block)
         x[here] = codec.values(scales[here], packed[here], dtype)
     return x.view(len(code), n)
-
-
-@dataclass(frozen=True)
-class TopK:
-    """The largest magnitudes, a share `ratio` of all, with their places (Aji and Heafield 2017; Stich et al. 2018)."""
-
-    ratio: float
-    carried: Carried = "gather"
-    unbiased: bool = False
-    block: int = 1
-    fixed: bool = True
-
-    def count(self, n: int) -> int:
-        """How many of n values are sent."""
-        return max(1, round(self.ratio * n))
-
-    def nbytes(self, n: int) -> int:
-        """Four bytes a place and two (bfloat16) a value."""
-        return 6 * self.count(n)
-
-    def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
-        """Places, then values."""
-        return places_and_values(x, torch.stack([largest(row, self.count(x.shape[1])) for row in x.abs()]), lost)
-
-    def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-        """Zero elsewhere."""
-        return add_values(torch.zeros(len(code), n, dtype=dtype, device=code.device), code)
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Values of at least `times` the vector's root mean square, as many as there are.
-
-    After Strom 2015, with a threshold that follows the gradient. By Chebyshev at most n / times^2 are.
-    """
-
-    times: float
-    carried: Carried = "gather"
-    unbiased: bool = False
-    block: int = 1
-    fixed: bool = False
-
-    def nbytes(self, n: int) -> int:
-        """At most: four bytes a place and two (bfloat16) a value."""
-        return 6 * int(n / self.times**2)
-
-    def encode(self, x: Tensor, generator: torch.Generator, lost: bool) -> Tensor:
-        """Places, then values, of one row; of all where it is not finite."""
-        rms = torch.linalg.vector_norm(x) / math.sqrt(x.numel())
-        return places_and_values(x, (~(x[0].abs() < self.times * rms)).nonzero().view(1, -1), lost)
-
-    def decode(self, code: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-        """Zero elsewhere."""
-        return add_values(torch.zeros(len(code), n, dtype=dtype, device=code.device), code)
-
-
-def places_and_values(x: Tensor, places: Tensor, lost: bool) -> Tensor:
-    """Bytes [rows, 6 k]: int32 places, then bfloat16 values. With `lost`, x keeps their rounding errors there."""
-    exact = x.gather(1, places)
-    values = exact.to(torch.bfloat16)
-    if lost:
-        x.scatter_(1, places, exact - values)
-    return torch.cat([places.int().view(torch.uint8), values.view(torch.uint8)], 1)
-
-
-def add_values(x: Tensor, code: Tensor) -> Tensor:
-    """Add the values of codes [rows, 6 k] at their places of [rows, n]."""
-    head = 4 * (code.shape[1] // 6)
-    return x.scatter_add_(1, _as(code[:, :head], torch.int32).long(), _as(code[:, head:], torch.bfloat16).to(x.dtype))
-
-
-EVERY = 61
-"""Every so-manieth element is looked at first: a prime, or it could be the same columns of each row of a matrix."""
-
-
-def largest(x: Tensor, count: int) -> Tensor:
-    """Places of the largest of [n], NaN above all: those of topk, which on a CPU takes 5 times as long.
-
-    It is given those above a limit only, which a sample tells, or all where that was too high or left out too few.
-    """
-    seen = x[::EVERY]
-    expected = count * len(seen) / len(x)
-    above = math.ceil(expected + 4 * math.sqrt(expected))
-    if x.device.type == "cpu" and above < len(seen):
-        limit = seen.topk(above, sorted=False).values.amin()
-        places = (~(x < limit)).nonzero().view(-1)
-        if count <= len(places) < len(x) // 2:
-            return places[x[places].topk(count, sorted=False).indices]
-    return x.topk(count, sorted=False).indices
-
-
-def _as(code: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes read as numbers; copied, since they may begin anywhere."""
-    return code.reshape(-1).clone().view(dtype).view(len(code), code.shape[1] // dtype.itemsize)
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [blocks, n] of values below 2 ** bits into [blocks, n * bits / 8]: a byte holds values n * bits / 8 apart."""
-    parts = codes.view(len(codes), 8 // bits, -1).unbind(1)
-    packed = parts[0].clone() if bits < 8 else codes
-    for place, part in enumerate(parts[1:], start=1):
-        packed |= part << (bits * place)
-    return packed
-
-
-def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of `pack`: uint8 [blocks, n]."""
-    if bits == 8:
-        return packed
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(1, -1, 1)
-    return ((packed.unsqueeze(1) >> shifts) & (2**bits - 1)).view(-1, n)
 
 
 Maker = Callable[..., Codec]

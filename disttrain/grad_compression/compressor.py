@@ -199,7 +199,7 @@ class Compressor:
         call, rank = self._calls, self.link.rank + 1 if own else 0
 
         def drawn(number: int) -> torch.Generator:
-            text = f"{self._seed} {self._step} {names[number]} {number} {call} {rank}"
+            text = f"{self._seed} {self._step} {names[number % len(names)]} {number} {call} {rank}"
             return torch.Generator().manual_seed(zlib.crc32(text.encode()))
 
         return drawn

@@ -1,9 +1,12 @@
 """A group of ranks as codecs see it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
+
+Arrival = Callable[[], Tensor]
+"""Waits for what is on its way, and gives it."""
 
 
 class Link(Protocol):
@@ -23,12 +26,12 @@ class Link(Protocol):
         """Sum over the ranks in place."""
         ...
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """[ranks, n] of every rank's [n]."""
+    def gather(self, tensor: Tensor) -> Arrival:
+        """[ranks, n] of every rank's [n], which must not change before it has come."""
         ...
 
-    def exchange(self, rows: Tensor) -> Tensor:
-        """Row r of [ranks, n] goes to rank r; what came, by sender."""
+    def exchange(self, rows: Tensor) -> Arrival:
+        """Row r of [ranks, n] goes to rank r; what came, by sender. The rows must not change before it has come."""
         ...
 
     def instead_of(self, tensors: Sequence[Tensor]) -> None:

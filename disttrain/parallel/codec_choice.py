@@ -1,6 +1,6 @@
 """`compression.codec=auto`: which codec makes the steps shortest on this link, by measurements and arithmetic.
 
-Seconds of a codec = coding on this processor + bytes on the wire / bandwidth + messages x latency, of the slowest rank. What
+Seconds of a codec = coding on this processor + bytes on the wire / bandwidth + latencies, of the slowest rank. What
 overlaps the backward pass is not subtracted: on a link that matters there is little of it.
 """
 
@@ -19,8 +19,10 @@ from disttrain import memory
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, GradientCodec
 from disttrain.grad_compression.compressor import Compressor
+from disttrain.grad_compression.link import Arrival
 from disttrain.models import build_model
 from disttrain.parallel.collectives import IN_FLIGHT, SEGMENT_BYTES, all_gathered, all_reduced, exchanged
+from disttrain.parallel.data import CODED_BUCKET_BYTES
 from disttrain.parallel.groups import Group, Groups
 from disttrain.stages import layers_of_stages, stage_numbers, virtual_stages
 
@@ -29,7 +31,7 @@ CANDIDATES: tuple[GradientCodec, ...] = ("none", "bf16", "int8", "sign", "topk",
 ENOUGH_ELEMENTS = 1 << 25
 """Of gradients, for measuring how long coding takes; more is multiplied."""
 BUCKET_BYTES = 25 << 20
-"""DDP's."""
+"""DDP's where gradients stay whole."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,10 @@ def predict(
         return time.perf_counter() - start
 
     step(1)
-    link.wire_bytes, link.messages = 0.0, 0
+    link.wire_bytes, link.latencies = 0.0, 0
     coding = min(step(2), step(3))
-    wire, messages = scale * link.wire_bytes / 2, scale * link.messages / 2
-    return Candidate(codec, wire, scale * coding, wire / speed.bytes_per_second + messages * speed.latency_s)
+    wire, latencies = scale * link.wire_bytes / 2, scale * link.latencies / 2
+    return Candidate(codec, wire, scale * coding, wire / speed.bytes_per_second + latencies * speed.latency_s)
 
 
 def sample(shapes: Mapping[str, torch.Size]) -> tuple[list[list[str]], int]:
@@ -204,7 +206,7 @@ def sample(shapes: Mapping[str, torch.Size]) -> tuple[list[list[str]], int]:
     for name, shape in reversed(list(shapes.items())):
         if total >= ENOUGH_ELEMENTS:
             break
-        if size >= BUCKET_BYTES:
+        if size >= CODED_BUCKET_BYTES:
             buckets.append([])
             size = 0
         buckets[-1].append(name)
@@ -219,29 +221,34 @@ class CountingLink:
     def __init__(self, size: int, rank: int):
         self.size, self.rank = size, rank
         self.wire_bytes = 0.0
-        self.messages = 0
+        self.latencies = 0
+        """How many of them go by; those of messages that are on their way together go by together."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """As if the others had zeros."""
-        self._count(tensor.nbytes * all_reduced(self.size), 1)
-        return tensor
+        return self._sent(tensor, tensor.nbytes * all_reduced(self.size), 1)()
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Arrival:
         """As if all had the same."""
-        self._count(tensor.nbytes * all_gathered(self.size), segments(tensor.nbytes))
-        return tensor.unsqueeze(0).repeat(self.size, 1)
+        wire_bytes = tensor.nbytes * all_gathered(self.size)
+        return self._sent(tensor.unsqueeze(0).repeat(self.size, 1), wire_bytes, segments(tensor.nbytes))
 
-    def exchange(self, rows: Tensor) -> Tensor:
+    def exchange(self, rows: Tensor) -> Arrival:
         """As if all had the same."""
-        self._count(rows.nbytes * exchanged(self.size), segments(rows.nbytes // self.size))
-        return rows
+        return self._sent(rows, rows.nbytes * exchanged(self.size), segments(rows.nbytes // self.size))
 
     def instead_of(self, tensors: Sequence[Tensor]) -> None:
         """Nothing to count."""
 
-    def _count(self, wire_bytes: float, messages: int) -> None:
+    def _sent(self, came: Tensor, wire_bytes: float, latencies: int) -> Arrival:
         self.wire_bytes += wire_bytes
-        self.messages += messages
+        there = self.latencies + latencies
+
+        def arrive() -> Tensor:
+            self.latencies = max(self.latencies, there)
+            return came
+
+        return arrive
 
 
 def segments(nbytes: int) -> int:

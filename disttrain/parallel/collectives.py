@@ -1,6 +1,5 @@
 """Collectives that count the bytes they are handed; a world of one goes through the same calls and sends nothing."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
@@ -93,33 +92,30 @@ def reduce_scatter_flat(
 
 
 SEGMENT_BYTES, IN_FLIGHT = 1 << 17, 2
-"""Between hosts over gloo, messages are cut into segments of so much for each rank, and so many are on their way at once."""
+"""Over gloo, messages are cut into segments of so much for each rank; its threads have so many on their way at once."""
 
 
-def _in_segments(rows: Tensor, output: Tensor, start: Callable[[Tensor, Tensor], Any]) -> None:
-    """Send [m, n] and receive [ranks, n], over gloo some columns at a time.
+def _in_segments(rows: Tensor, output: Tensor, start: Callable[[Tensor, Tensor], Any]) -> Callable[[], Tensor]:
+    """Begin to send [m, n] and to receive [ranks, n], over gloo some columns at a time; waits for the output.
 
     A long message fills the queues of a slow link in both directions; acknowledgements then wait behind data, packets are
     dropped, and TCP reaches half the rate (measured at 100 Mbit/s and 1 Gbit/s: docs/decisions/0007).
     """
     n = rows.shape[1]
-    width = n if rows.device.type != "cpu" else max(1, SEGMENT_BYTES // rows.itemsize)
-    pending: deque[tuple[Any, Tensor, Tensor, slice]] = deque()
+    width = max(1, n if rows.device.type != "cpu" else SEGMENT_BYTES // rows.itemsize)
+    segments: list[tuple[Any, Tensor, Tensor, Tensor]] = []
+    for part, place in zip(rows.split(width, 1), output.split(width, 1), strict=True):
+        sent, received = part.contiguous(), place if place.is_contiguous() else torch.empty_like(place).contiguous()
+        segments.append((start(received.view(-1), sent.view(-1)), sent, received, place))
 
-    def finish() -> None:
-        work, _, received, columns = pending.popleft()
-        work.wait()
-        output[:, columns] = received.view(len(output), -1)
+    def arrive() -> Tensor:
+        for work, _, received, place in segments:
+            work.wait()
+            if received is not place:
+                place.copy_(received)
+        return output
 
-    for begin in range(0, n, max(width, 1)):
-        columns = slice(begin, begin + width)
-        part = rows[:, columns].contiguous()
-        received = part.new_empty(len(output) * part.shape[1])
-        pending.append((start(received, part.view(-1)), part, received, columns))
-        if len(pending) >= IN_FLIGHT:
-            finish()
-    while pending:
-        finish()
+    return arrive
 
 
 @dataclass(frozen=True)
@@ -144,27 +140,25 @@ class GroupLink:
         self.group.traffic.count(tensor.nbytes, 0, all_reduced(self.size) * tensor.nbytes)
         return tensor
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Callable[[], Tensor]:
         """All-gather [n] into [ranks, n]."""
 
         def start(output: Tensor, part: Tensor) -> Any:
             return all_gather_flat(output, part, self.group.process_group, async_op=True)
 
         gathered = tensor.new_empty(self.size, tensor.numel())
-        _in_segments(tensor.unsqueeze(0), gathered, start)
         self.group.traffic.count(tensor.nbytes, 0, all_gathered(self.size) * tensor.nbytes)
-        return gathered
+        return _in_segments(tensor.unsqueeze(0), gathered, start)
 
-    def exchange(self, rows: Tensor) -> Tensor:
+    def exchange(self, rows: Tensor) -> Callable[[], Tensor]:
         """All-to-all of the rows of [ranks, n]."""
 
         def start(output: Tensor, part: Tensor) -> Any:
             return dist.all_to_all_single(output, part, group=self.group.process_group, async_op=True)
 
         got = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        _in_segments(rows, got, start)
         self.group.traffic.count(rows.nbytes, 0, exchanged(self.size) * rows.nbytes)
-        return got
+        return _in_segments(rows, got, start)
 
     def instead_of(self, tensors: Sequence[Tensor]) -> None:
         """Count what would have been handed over without a codec."""

@@ -43,13 +43,21 @@ class LossModule(nn.Module):
         return self.model.loss(batch, label_smoothing)
 
 
+CODED_BUCKET_BYTES = 8 << 20
+"""DDP's own buckets are of 25 MiB: the backward pass of a small model would be over before the second one travels."""
+
+
 def replicate(module: nn.Module, device: torch.device, data: Group, compressor: Compressor | None = None) -> nn.Module:
     """A module with gradients summed over the data ranks, overlapping the backward pass (Li et al. 2020)."""
     if data.size == 1:
         return module
     ids = [device.index] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(
-        module, device_ids=ids, process_group=data.process_group, gradient_as_bucket_view=True
+        module,
+        device_ids=ids,
+        process_group=data.process_group,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=None if compressor is None else CODED_BUCKET_BYTES >> 20,
     )
     if compressor is None:
         wrapped.register_comm_hook(data, _sum_bucket)

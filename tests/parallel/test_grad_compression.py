@@ -12,6 +12,7 @@ from disttrain import checkpoint, memory
 from disttrain.config.load import with_values
 from disttrain.config.schema import ONE_BIT, Config, GradientCodec
 from disttrain.engines.native import NativeEngine
+from disttrain.grad_compression import carriage
 from disttrain.mesh import build_mesh
 from disttrain.verify.gathering import Gathering
 from tests.parallel.test_data_parallel import config_for, global_batch, make_engine
@@ -150,6 +151,23 @@ def test_whole_gradients_come_first_where_that_is_asked(layout: str) -> None:
     assert sent[0] < sent[1] < sent[2] == found[2]["uncompressed"]
     assert all(not residual.any() for residual in found[2]["late"].values())
     assert any(residual.any() for residual in found[1]["late"].values())
+
+
+def summed_in_pieces(rank: int, config: Config, world: int, rate: float) -> dict:
+    carriage.PIECE_BYTES = 300
+    return summed_gradients(rank, config, world, rate)
+
+
+@pytest.mark.parametrize("layout", ["dp4", "dp2.zero1"])
+def test_nothing_is_lost_in_pieces(layout: str) -> None:
+    world, values = LAYOUTS[layout]
+    config = coded("int8", **{"compression.error_feedback": True, **values})
+    found = run_ranks(summed_in_pieces, world, config, world, 0.0)[0]
+    plain = run_ranks(summed_gradients, 1, config_for("gpt"), 1, 0.0)[0]
+    assert found["apart"] == []
+    largest = max(float(g.abs().max()) for g in plain["used"].values())
+    for name, gradient in plain["used"].items():
+        torch.testing.assert_close(found["used"][name] + found["late"][name], gradient, rtol=0, atol=1e-10 * largest)
 
 
 def save_and_go_on(rank: int, config: Config, world: int, folder: Path) -> tuple:

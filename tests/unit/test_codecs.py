@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from disttrain.config.schema import CompressionConfig, GradientCodec
-from disttrain.grad_compression.carriage import carry
-from disttrain.grad_compression.codecs import CODECS, Codec, Threshold, largest, pack, unpack
+from disttrain.grad_compression import carriage
+from disttrain.grad_compression.codecs import CODECS, Codec
+from disttrain.grad_compression.link import Arrival
+from disttrain.grad_compression.packing import pack, unpack
+from disttrain.grad_compression.sparse import Threshold, largest
 from disttrain.parallel.codec_choice import CountingLink
 
 NAMES = [name for name in get_args(GradientCodec) if name not in ("none", "auto", "powersgd")]
@@ -175,11 +178,63 @@ def test_the_largest_are_those_of_topk(values: str, n: int) -> None:
 def test_lengths_are_sent_where_they_differ_only(name: str, messages: int) -> None:
     link, codec = CountingLink(2, 0), codec_of(name)
     vectors = [rows(seed)[0] for seed in range(3)]
-    sums, _ = carry(codec, vectors, link, _unused, _unused, lost=False)
-    assert link.messages == messages
+    sums, _ = carriage.carry(codec, vectors, link, _unused, _unused, lost=False)
+    assert link.latencies == messages
     for sum_, x in zip(sums, vectors, strict=True):
         torch.testing.assert_close(sum_, 2 * through(codec, x.unsqueeze(0))[0])
 
 
 def _unused(number: int) -> torch.Generator:
     return torch.Generator()
+
+
+class Lagging(CountingLink):
+    """A link to oneself and nobody else on which what was sent comes when it is asked for, and not before."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 0)
+        self.sent: list[str] = []
+
+    def gather(self, tensor: torch.Tensor) -> Arrival:
+        return self._later("gather", tensor.unsqueeze(0))
+
+    def exchange(self, rows: torch.Tensor) -> Arrival:
+        return self._later("exchange", rows)
+
+    def _later(self, name: str, tensor: torch.Tensor) -> Arrival:
+        number = sum(entry.split()[0] == name and "came" not in entry for entry in self.sent)
+        self.sent.append(f"{name} {number}")
+
+        def arrive() -> torch.Tensor:
+            self.sent.append(f"{name} {number} came")
+            return tensor.clone()
+
+        return arrive
+
+
+def test_one_piece_travels_while_the_next_is_coded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carriage, "PIECE_BYTES", 2 * 256)
+    link, x = Lagging(), torch.randn(700, generator=torch.Generator().manual_seed(1))
+    (sum_,), _ = carriage.carry(codec_of("bf16"), [x.clone()], link, _unused, _unused, lost=False)
+    assert torch.equal(sum_, x.bfloat16().float())
+    assert link.sent == [
+        "exchange 0",
+        "exchange 1", "exchange 0 came", "gather 0",
+        "exchange 2", "exchange 1 came", "gather 1", "gather 0 came",
+        "exchange 2 came", "gather 2", "gather 1 came",
+        "gather 2 came",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if codec_of(name).carried == "exchange"])
+def test_pieces_lose_what_comes_later(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came through and what is kept is what was put in, however many pieces there are."""
+    codec, x = codec_of(name), rows(dtype=torch.float64)
+    monkeypatch.setattr(carriage, "PIECE_BYTES", codec.nbytes(codec.block))
+
+    def drawn(number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(number + 10)
+
+    sums, lost = carriage.carry(codec, list(x.clone()), CountingLink(1, 0), drawn, drawn, lost=True)
+    for sum_, left, row in zip(sums, lost, x, strict=True):
+        torch.testing.assert_close(sum_ + left, row, rtol=0, atol=1e-12)
