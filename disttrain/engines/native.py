@@ -284,7 +284,7 @@ class NativeEngine:
 
     def _read(self, p: sharding.LocalParameter, what: Held) -> Tensor:
         if what == "parameter":
-            return sharding.local(p.parameter.detach())
+            return sharding.local(p.parameter).detach()
         if what == "weight":
             return p.master.detach()
         return torch.zeros_like(p.master) if p.gradient is None else p.gradient
