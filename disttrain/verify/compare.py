@@ -91,9 +91,10 @@ class Ledger:
         if self.tolerance.together(self._kind(phase), step) and ours.keys() == expected.keys():
             whole = [torch.cat([tensors[name].double().flatten() for name in expected]) for tensors in (ours, expected)]
             ours, expected = {"all parameters": whole[0]}, {"all parameters": whole[1]}
-        largest = max((self._size(t.detach().double()) for t in expected.values() if t.numel()), default=0.0)
         alike = {n: (ours[n], t) for n, t in expected.items() if n in ours and t.numel() and ours[n].shape == t.shape}
-        detailed = self._detailed(phase, step, self._errors(alike, largest))
+        others = (self._size(t.detach().double()) for n, t in expected.items() if n not in alike and t.numel())
+        errors, largest = self._errors(alike, max(others, default=0.0))
+        detailed = self._detailed(phase, step, errors)
         for name, value in expected.items():
             if name in detailed or (name in ours and name not in alike):
                 self._add(self._compare(ours[name], value, largest), phase, step, name, note)
@@ -125,10 +126,11 @@ class Ledger:
         note = "its copies differ between ranks" if error else ""
         self._add((error, math.nan, math.nan, None), phase, step, name, note)
 
-    def _errors(self, pairs: Mapping[str, tuple[Tensor, Tensor]], largest: float) -> dict[str, float]:
-        """The error of each tensor, of all at once: there are many small ones."""
+    def _errors(self, pairs: Mapping[str, tuple[Tensor, Tensor]], largest: float) -> tuple[dict[str, float], float]:
+        """The error of each tensor, of all at once: there are many small ones. And the size of the largest that is expected,
+        be it of these or `largest` of others."""
         if not pairs:
-            return {}
+            return {}, largest
         ours, expected = (
             np.concatenate([pair[i].detach().double().flatten().numpy() for pair in pairs.values()]) for i in (0, 1)
         )
@@ -141,8 +143,10 @@ class Ledger:
             return np.sqrt(np.add.reduceat(values**2, starts) / sizes)
 
         with np.errstate(invalid="ignore"):  # infinities of an overflow
-            errors = size(ours - expected) / (size(expected) + SMALL_TENSOR * largest + 1e-30)
-        return dict(zip(pairs, np.where(np.isnan(errors), math.inf, errors).tolist(), strict=True))
+            wanted = size(expected)
+            largest = max(largest, float(wanted.max()))
+            errors = size(ours - expected) / (wanted + SMALL_TENSOR * largest + 1e-30)
+        return dict(zip(pairs, np.where(np.isnan(errors), math.inf, errors).tolist(), strict=True)), largest
 
     def _detailed(self, phase: str, step: int, errors: Mapping[str, float]) -> set[str]:
         """Enter errors; which of them want to be told in detail: the worst of them and all that fail."""

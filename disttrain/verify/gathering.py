@@ -3,6 +3,7 @@
 Ranks outnumber cores in a proof, and each message between all of them costs more than what is in it.
 """
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,13 +87,14 @@ class Gathering:
         return Brought([said for said, *_ in received], whole, apart)
 
     def _assemble(self, of_ranks: list[list[np.ndarray]]) -> dict[str, Tensor]:
-        whole: dict[str, Tensor] = {}
+        whole: dict[str, np.ndarray] = {}
         for pieces, wanted, values in zip(self._pieces, self._wanted, of_ranks, strict=True):
             for piece, value in zip((pieces[i] for i in wanted), values, strict=True):
-                part = torch.from_numpy(value)
-                target = whole.setdefault(piece.name, torch.full(piece.shape, float("nan"), dtype=part.dtype))
-                target[piece.slices].copy_(part.view(target[piece.slices].shape))
-        return whole
+                if piece.name not in whole:
+                    whole[piece.name] = np.full(piece.shape, math.nan, value.dtype)
+                target = whole[piece.name][piece.slices]
+                target[...] = value.reshape(target.shape)
+        return {name: torch.from_numpy(array) for name, array in whole.items()}
 
     def _differing(self, of_ranks: list[list[int]]) -> list[str]:
         """Names of the parameters that have copies with other checksums."""
