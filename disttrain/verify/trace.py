@@ -2,13 +2,13 @@
 
 Four optimizer steps. In step 2, where the engine can be made to overflow, one element of one gradient of the last rank
 becomes infinite: all ranks must skip it and halve the loss scale. After step 3 come an evaluation and a checkpoint. Step
-4 is done three times: straight on, by a fresh engine from the layout's own checkpoint, and by that one again from the
-checkpoint that one process wrote.
+4 is done twice: straight on, and by a fresh engine from the layout's own checkpoint. That engine then loads the
+checkpoint that one process wrote, and everything it holds afterwards is compared.
 """
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from disttrain.mesh import build_mesh
 from disttrain.models import model_class
 from disttrain.parallel.collectives import Traffic, gather_objects
 from disttrain.parallel.groups import Groups, make_groups
+from disttrain.parallel.sharding import local
 from disttrain.precision import LossScale
 from disttrain.verify.batches import Batches, micro_batches
 from disttrain.verify.compare import PHASES, Difference, Ledger, place_of
@@ -105,15 +106,20 @@ def _compare(
     with closing(_Observed(groups, config, precision, batches, overflows)) as observed:
         path = yield from _compare_training(ledger, observed, reference, following, folder)
     with closing(_Observed(groups, config, precision, batches, False)) as observed:
-        for ledger.label, source in (("resume", path), ("reshard", reference.checkpoint)):
-            if groups.rank == 0:
-                following = following.resumed() if ledger.label == "resume" else following.resharded()
-            observed.load(source)
-            weights, _ = observed.weights()
-            if groups.rank == 0:
-                ledger.tensors("weights", SAVED, weights, following.weights, reference.tied, "as loaded")
-            _compare_step(ledger, observed, following, STEPS)
-            yield ledger.label, STEPS
+        if groups.rank == 0:
+            ledger.label, following = "resume", following.resumed()
+        observed.load(path)
+        weights, _ = observed.weights()
+        if groups.rank == 0:
+            ledger.tensors("weights", SAVED, weights, following.weights, reference.tied, "as loaded")
+        _compare_step(ledger, observed, following, STEPS)
+        yield "resume", STEPS
+        observed.load(reference.checkpoint)
+        loaded = observed.loaded(reference)
+        if groups.rank == 0:
+            ledger.label, following = "reshard", following.resharded()
+            _compare_loaded(ledger, loaded, following, reference)
+        yield "reshard", SAVED
 
 
 def _compare_training(
@@ -135,7 +141,7 @@ def _compare_training(
             yield "evaluation", step
             path = observed.save(folder)
             if rank == 0:
-                _compare_files(ledger, path, following.files)
+                _compare_state(ledger, checkpoint.read(path), following.files)
             yield "checkpoint", step
     return path
 
@@ -175,6 +181,19 @@ def compare_step(ledger: Ledger, ours: StepTrace, expected: StepTrace, tied: dic
 
 def _groups(rank: int, config: Config) -> Groups:
     return make_groups(build_mesh(config.parallel, dist.get_world_size()), rank, "cpu", Traffic())
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What an engine holds; whole on rank 0."""
+
+    said: list[tuple[LossScale, dict[str, float]]]
+    """The loss scale of each rank, and the optimizer's counts by their names in a checkpoint."""
+    weights: dict[str, Tensor]
+    apart: dict[str, float]
+    """How far copies of a weight are apart."""
+    moments: dict[str, Tensor]
+    """By their names in a checkpoint."""
 
 
 class _Observed:
@@ -247,6 +266,29 @@ class _Observed:
         trainer = checkpoint.load(path, state)
         self.engine.load_state_dict({**state, "engine": trainer["engine"]})
 
+    def loaded(self, reference: Reference) -> _Loaded:
+        """Weights, the optimizer's state and the loss scale, as they are now."""
+        saved = self.engine.state_dict()["optimizer"]
+        weights = self.engine.held("weight")
+        names = [shard.tied_to or shard.name for shard, _ in weights]
+        kinds = _moments(reference)
+        values = {
+            kind: self._gathering.flat([
+                (shard, local(saved[name][kind]) if weight.numel() else weight)
+                for name, (shard, weight) in zip(names, weights, strict=True)
+            ])
+            for kind in kinds
+        }  # fmt: skip
+        counts = {
+            f"optimizer.{name}.{key}": float(value)
+            for name, state in saved.items()
+            for key, value in state.items()
+            if key not in kinds
+        }
+        brought = self._bring((self.engine.scale, counts), values, {})
+        moments = {f"optimizer.{n}.{kind}": t for kind in kinds for n, t in brought.whole.get(kind, {}).items()}
+        return _Loaded(brought.said, brought.whole.get("weight", {}), brought.apart["weight"], moments)
+
     def close(self) -> None:
         """Let go of the engine."""
         self.engine.watch = None
@@ -279,12 +321,37 @@ def _compare_copies(ledger: Ledger, phase: str, step: int, apart: dict[str, floa
         ledger.copies(phase, step, name, error)
 
 
-def _compare_files(ledger: Ledger, ours: Path, wanted: dict[str, Tensor]) -> None:
-    """Every tensor of a checkpoint, model and optimizer, as one process reads it."""
-    written = checkpoint.read(ours)
-    for kind in sorted({_kind(name) for name in written.keys() | wanted.keys()}):
-        ours_of, theirs_of = ({n: t for n, t in f.items() if _kind(n) == kind} for f in (written, wanted))
+def _compare_state(ledger: Ledger, ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Weights and moments under their names in a checkpoint."""
+    for kind in sorted({_kind(name) for name in ours.keys() | wanted.keys()}):
+        ours_of, theirs_of = ({n: t for n, t in f.items() if _kind(n) == kind} for f in (ours, wanted))
         ledger.tensors("checkpoint", SAVED, ours_of, theirs_of, {})
+
+
+def _compare_loaded(ledger: Ledger, loaded: "_Loaded", following: Following, reference: Reference) -> None:
+    """All that an engine holds once it has loaded a checkpoint of one process."""
+    (view,) = reference.steps[SAVED - 1].ranks
+    wanted = following.files
+    for rank, (scale, counts) in enumerate(loaded.said):
+        at = f"as loaded, on rank {rank}"
+        ledger.exact("skip", SAVED, "loss_scale", scale.value, view.scales["next_loss_scale"], at)
+        ledger.exact("skip", SAVED, "good_steps", scale.good_steps, view.scales["good_steps"], at)
+        for name, count in counts.items():
+            ledger.exact("checkpoint", SAVED, name, count, float(wanted[name]), at)
+    met = {name for _, counts in loaded.said for name in counts}
+    kinds = {"weight", *_moments(reference)}
+    for name in sorted(name for name in wanted.keys() - met if _kind(name) not in kinds):
+        ledger.exact("checkpoint", SAVED, name, None, float(wanted[name]), "it is missing")
+    ledger.tensors("weights", SAVED, loaded.weights, following.weights, reference.tied, "as loaded")
+    _compare_copies(ledger, "replicas", SAVED, loaded.apart)
+    _compare_state(
+        ledger, loaded.moments, {name: wanted[name] for name in wanted if _kind(name) in _moments(reference)}
+    )
+
+
+def _moments(reference: Reference) -> list[str]:
+    """What the optimizer has as many of as a parameter has elements: `exp_avg`, not `step`."""
+    return sorted({_kind(name) for name, tensor in reference.files.items() if tensor.ndim} - {"weight"})
 
 
 def _kind(name: str) -> str:

@@ -203,6 +203,48 @@ def moments_of_another_layout_dropped() -> None:
     replace(checkpoint, "load", make)
 
 
+def after_loading_of_another_layout(then: Any) -> None:
+    """Let ``then(engine)`` change an engine that has loaded the checkpoint of another layout."""
+    loaded: list[Any] = []
+    after(checkpoint, "load", lambda trainer, path, tensors: loaded.append(path) or trainer)
+
+    def change(nothing: None, self: NativeEngine, state: Any) -> None:
+        if loaded[-1].parent.name != "layout":
+            then(self)
+
+    after(NativeEngine, "load_state_dict", change)
+
+
+def step_count_of_another_layout_dropped() -> None:
+    def forget(engine: NativeEngine) -> None:
+        for moments in engine.optimizer.state.values():
+            moments["step"] = torch.zeros_like(moments["step"])
+
+    after_loading_of_another_layout(forget)
+
+
+def scaler_of_another_layout_dropped() -> None:
+    def reset(engine: NativeEngine) -> None:
+        engine.scale = with_values(engine.scale, good_steps=0)
+
+    after_loading_of_another_layout(reset)
+
+
+def moments_of_another_layout_exchanged() -> None:
+    """Two shards of the second moment are exchanged between the ranks that hold them."""
+
+    def exchange(engine: NativeEngine) -> None:
+        group = engine.groups.tensor
+        for p in engine.parameters:
+            if p.shard.tensor_cut and p.shard.name.startswith("blocks."):
+                own = engine.optimizer.state[p.master]["exp_avg_sq"]
+                shards = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(group.size)]
+                dist.all_gather(shards, own.contiguous(), group=group.process_group)
+                own.copy_(shards[group.rank - 1])
+
+    after_loading_of_another_layout(exchange)
+
+
 def layers_of_another_layout_shuffled() -> None:
     """Layers are numbered anew when the checkpoint had another number of stages."""
 
@@ -298,6 +340,13 @@ STATE = [
            one_weight_not_loaded, "resume", "weights are not restored", needs()),
     Mutant("moments_of_another_layout_dropped", "another world size resumes without optimizer state", "dp2 on 2",
            moments_of_another_layout_dropped, "reshard", "optimizer's state is not taken over", needs()),
+    Mutant("step_count_of_another_layout_dropped", "Adam's step count starts from zero in another world size", "dp2 on 2",
+           step_count_of_another_layout_dropped, "reshard", "optimizer's state is not taken over", needs()),
+    Mutant("scaler_of_another_layout_dropped", "another world size starts counting good steps anew", "dp2 on 2",
+           scaler_of_another_layout_dropped, "reshard", "loss scaler is not taken over", needs()),
+    Mutant("moments_of_another_layout_exchanged", "optimizer shards go to other ranks in another world size",
+           "tp2 on 2", moments_of_another_layout_exchanged, "reshard", "optimizer's state is not taken over",
+           needs("tensor")),
     Mutant("layers_of_another_layout_shuffled", "layers are in another order after loading at another pipeline size",
            "pp2-1f1b.mb4 on 2", layers_of_another_layout_shuffled, "reshard", "layers in another order",
            needs()),
