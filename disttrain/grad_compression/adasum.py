@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from disttrain.grad_compression.carriage import in_rows
+from disttrain.grad_compression.carriage import joined
 from disttrain.grad_compression.link import Link
 
 
@@ -16,18 +16,18 @@ def adasum(vectors: Sequence[Tensor], link: Link, total: Callable[[Tensor], Tens
     neighbours, then pairs of these; one without a neighbour waits. An all-to-all gives each rank all versions of one chunk;
     `total` sums the products of chunks, in float64, over all ranks that hold parts of the vectors.
     """
-    rows = in_rows(vectors, link.size, 1)
+    rows = joined(vectors, link.size).view(link.size, -1)
     n, start = rows.shape[1], link.rank * rows.shape[1]
     sizes = [x.numel() for x in vectors]
     ends = torch.tensor(sizes).cumsum(0).tolist()
     pieces = [(max(end - size - start, 0), min(max(end - start, 0), n)) for end, size in zip(ends, sizes, strict=True)]
-    versions = list(link.exchange(rows))
+    versions = list(link.exchange(rows)())
     while len(versions) > 1:
         pairs = list(zip(versions[::2], versions[1::2], strict=False))
         products = total(torch.stack([_products(a, b, pieces) for a, b in pairs]))
         combined = [_combined(a, b, pieces, each) for (a, b), each in zip(pairs, products, strict=True)]
         versions = combined + versions[2 * len(pairs) :]
-    whole = link.gather(versions[0]).reshape(-1)
+    whole = link.gather(versions[0])().reshape(-1)
     return list(whole.split([*sizes, rows.numel() - sum(sizes)])[:-1])
 
 
