@@ -8,6 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from disttrain import costs
+from disttrain.config.coded import may_be_coded
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import Config, ModelConfig, Precision
 from disttrain.costs import ActivationBytes, StateBytes
@@ -59,6 +60,13 @@ def parameter_shapes(
             found |= {**_linear("head.transform", h, h), **_linear("head.pooler", h, h)}
             found |= _linear("head.next_sentence", 2, h)
     return found
+
+
+def copied_parameters(model: ModelConfig, layers: range, first: bool, last: bool, tensor: int) -> set[str]:
+    """Those that every tensor rank holds whole."""
+    cut = parameter_shapes(model, layers, first, last, tensor)
+    whole = parameter_shapes(model, layers, first, last)
+    return {name for name, shape in cut.items() if tensor > 1 and shape == whole[name]}
 
 
 def _vectors(norm: str, size: int) -> Shapes:
@@ -197,16 +205,11 @@ def _residual_bytes(config: Config, mesh: Mesh, precision: Precision, layers: ra
     if compression.codec == "none" or not compression.feeds_back or alone:
         return 0
     shapes = parameter_shapes(config.model, layers, first, last, tensor=mesh.tensor)
-    if mesh.tensor > 1:
-        whole = parameter_shapes(config.model, layers, first, last)
-        shapes = {name: shape for name, shape in shapes.items() if shape != whole[name]}
+    copied = copied_parameters(config.model, layers, first, last, mesh.tensor)
     shards = mesh.shard * mesh.context if zero and mesh.replicate > 1 else 1
-    total, may_skip = 0, precision == "fp16" and config.outer.method == "none"
-    for name, (rows, *others) in shapes.items():
-        vocabulary = name.startswith("embed.") or "decoder." in name
-        elements = prod((-(-rows // shards), *others))
-        if others and elements >= compression.min_elements and (compression.embeddings or not vocabulary):
-            total += elements
+    local = {name: (-(-rows // shards), *others) for name, (rows, *others) in shapes.items() if name not in copied}
+    total = sum(prod(shape) for name, shape in local.items() if may_be_coded(compression, name, shape))
+    may_skip = precision == "fp16" and config.outer.method == "none"
     return total * costs.state_bytes_per_parameter(precision).weight * (2 if may_skip else 1)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from disttrain.config.coded import may_be_coded
 from disttrain.config.schema import CompressionConfig
 from disttrain.grad_compression.carriage import Drawn, carry, scatter_rows
 from disttrain.grad_compression.codecs import CODECS
@@ -45,12 +46,9 @@ class Compressor:
     def cover(self, shapes: Mapping[str, torch.Size], copied: Iterable[str]) -> None:
         """Decide which parameters of these local shapes are coded. Of those in `copied` other ranks hold copies that must
         stay equal to this rank's although their gradients go another way."""
-        config, left_out = self._config, set(copied)
+        left_out = set(copied)
         for name, shape in shapes.items():
-            vocabulary = "embed." in name or "decoder." in name
-            if len(shape) < 2 or shape.numel() < config.min_elements or name in left_out:
-                continue
-            if vocabulary and not config.embeddings:
+            if name in left_out or not may_be_coded(self._config, name, shape):
                 continue
             if self.nbytes(shape) < 4 * shape.numel():
                 self.coded[name] = shape
