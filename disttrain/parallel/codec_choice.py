@@ -6,7 +6,7 @@ overlaps the backward pass is not subtracted: on a link that matters there is li
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -110,8 +110,8 @@ def choose(config: Config, groups: Groups, group: Group, device: torch.device) -
     `group` has more than one rank.
     """
     speed = measure(group, device)
-    shapes, multiple = local_shapes(config, groups)
-    candidates = [predict(config, codec, shapes, multiple, group, speed, device) for codec in CANDIDATES]
+    shapes, copied, multiple = local_shapes(config, groups)
+    candidates = [predict(config, codec, shapes, copied, multiple, group, speed, device) for codec in CANDIDATES]
     slowest = torch.tensor([[each.coding_s, each.link_s] for each in candidates], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # one choice for the whole world
     return Choice(group.size, speed, [
@@ -141,42 +141,45 @@ def measure(group: Group, device: torch.device) -> Speed:
     return Speed(latency, all_reduced(group.size) * 4 * numbers / max(seconds - latency, 1e-9))
 
 
-def local_shapes(config: Config, groups: Groups) -> tuple[Mapping[str, torch.Size], float]:
-    """Shapes of the gradients that this rank sums over the link, and by how much to multiply what they cost.
+def local_shapes(config: Config, groups: Groups) -> tuple[Mapping[str, torch.Size], set[str], float]:
+    """Shapes of the gradients that this rank sums over the link, which of them other tensor ranks sum copies of, and by how
+    much to multiply what they cost.
 
     Of a model of one's own that is cut over ranks, the whole model's with the part that each rank has.
     """
     mesh, parallel, model = groups.mesh, config.parallel, config.model
     if model.source is not None:
         built = build_model(model, config.run.seed, torch.float32, "meta")
-        return {name: p.shape for name, p in built.named_parameters()}, 1 / (mesh.tensor * mesh.pipeline)
+        return {name: p.shape for name, p in built.named_parameters()}, set(), 1 / (mesh.tensor * mesh.pipeline)
     virtual = virtual_stages(parallel.schedule, parallel.virtual_stages) if mesh.pipeline > 1 else 1
     layers = layers_of_stages(model, config.data.sequence_length, mesh.pipeline * virtual)
     numbers = (
         stage_numbers(parallel.schedule, groups.pipeline.rank, mesh.pipeline, virtual) if mesh.pipeline > 1 else [0]
     )
     found: dict[str, torch.Size] = {}
+    copied: set[str] = set()
     for number in numbers:
-        shapes = memory.parameter_shapes(
-            model, layers[number], number == 0, number == len(layers) - 1, mesh.tensor, groups.tensor.rank
-        )
+        stage = model, layers[number], number == 0, number == len(layers) - 1
+        shapes = memory.parameter_shapes(*stage, mesh.tensor, groups.tensor.rank)
         found |= {name: torch.Size(shape) for name, shape in shapes.items()}
+        copied |= memory.copied_parameters(*stage, mesh.tensor)
     shards = mesh.shard * mesh.context if parallel.zero and mesh.replicate > 1 else 1
-    return found, 1 / shards
+    return found, copied, 1 / shards
 
 
 def predict(
-    config: Config, codec: GradientCodec, shapes: Mapping[str, torch.Size], multiple: float, group: Group, speed: Speed,
-    device: torch.device,
+    config: Config, codec: GradientCodec, shapes: Mapping[str, torch.Size], copied: Collection[str], multiple: float,
+    group: Group, speed: Speed, device: torch.device,
 ) -> Candidate:  # fmt: skip
-    """What a step would cost with a codec. Bytes and messages are counted where nothing is sent."""
+    """What a step would cost with a codec; see `Compressor.cover` for those `copied`. Bytes and messages are counted where
+    nothing is sent."""
     link, elements = CountingLink(group.size, group.rank), sum(map(prod, shapes.values()))
     if codec == "none":
         wire = 4 * elements * all_reduced(group.size)
         seconds = wire / speed.bytes_per_second + ceil(4 * elements / BUCKET_BYTES) * speed.latency_s
         return Candidate(codec, wire * multiple, 0.0, seconds * multiple)
     compressor = Compressor(with_values(config, {"compression.codec": codec}).compression, link, config.run.seed)
-    compressor.cover(shapes, ())
+    compressor.cover(shapes, copied)
     buckets, measured = sample(shapes)
     scale = multiple * elements / measured
     gradients = {name: torch.randn(shapes[name], device=device) for bucket in buckets for name in bucket}
