@@ -11,7 +11,7 @@ from disttrain import checkpoint, memory
 from disttrain.config.load import with_values
 from disttrain.config.schema import ONE_BIT, CompressionConfig, Config
 from disttrain.engines.native import NativeEngine
-from disttrain.grad_compression.carriage import in_rows
+from disttrain.grad_compression.carriage import joined
 from disttrain.grad_compression.codecs import Sign
 from disttrain.mesh import build_mesh
 from disttrain.optim import OneBitLamb
@@ -95,7 +95,7 @@ def coded_mean(inputs: list[list[Tensor]], unit: float) -> tuple[list[Tensor], l
         generator = torch.Generator()
         return codec.decode(codec.encode(x / unit, generator, False), x.shape[1], x.dtype, generator) * unit
 
-    rows = [in_rows(vectors, workers, codec.block) for vectors in inputs]
+    rows = [joined(vectors, workers * codec.block).view(workers, -1) for vectors in inputs]
     codes = [code(x) for x in rows]
     left = [x - c for x, c in zip(rows, codes, strict=True)]
     mean = torch.stack(codes).mean(0)
