@@ -172,11 +172,12 @@ def synchronise(model: nn.Module, zero: int, last: bool) -> None:
     """
     if not isinstance(model, FSDPModule):
         return
-    model.set_requires_gradient_sync(last or zero > 1)
-    model.set_requires_all_reduce(last)
+    for module in sharded_modules(model):
+        module.set_requires_gradient_sync(last or zero > 1, recurse=False)
+        module.set_requires_all_reduce(last, recurse=False)
+        if zero < 3:
+            module.set_reshard_after_backward(last, recurse=False)
     model.set_is_last_backward(last)
-    if zero < 3:
-        model.set_reshard_after_backward(last)
 
 
 def unsynchronised(module: nn.Module, last: bool) -> AbstractContextManager:
