@@ -182,7 +182,8 @@ TABLE: tuple[tuple[str, Callable[[Facts], bool], str], ...] = (
     ("skip", _always, "the loss scale does not follow its rule on every rank"),
     ("clip", _always, "gradients are clipped by another norm than the global one, or not unscaled by the same factor"),
     ("weights", lambda f: f.first.step == OVERFLOW, "a skipped step changed weights"),
-    ("weights", lambda f: f.first.step == OVERFLOW + 1, "a skipped step changed the optimizer's state"),
+    ("weights", lambda f: f.first.step == OVERFLOW + 1, "a skipped step changed the optimizer's state, "
+     "or evaluation or saving did"),
     ("weights", lambda f: f.tied_only, "tied weights are updated on one side only, or twice"),
     ("weights", lambda f: f.needs("zero"), "the sharded optimizer updates stale or misplaced shards, or updated shards "
      "are not gathered"),

@@ -202,7 +202,7 @@ def first_of(failures: Iterable[Difference]) -> list[Difference]:
 def place_of(phase: str, step: int, part: str = "") -> tuple[int, int, int]:
     """Sorts phases of steps by cause and effect: training first, step by step, then what follows it."""
     order = PHASES.index(phase)
-    if order < PHASES.index("evaluation"):
+    if order < PHASES.index("resume"):
         return 0, step, order
     return order, step, PHASES.index(part) if part else 0
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from disttrain.config.schema import Config, Precision
 from disttrain.optim import build_optimizer
 from disttrain.precision import master_dtype
-from disttrain.verify.plan import SAVED, STEPS, rate
+from disttrain.verify.plan import SAVED, rate
 from disttrain.verify.records import Reference, StepTrace
 
 
@@ -59,8 +59,8 @@ def expectation(config: Config, precision: Precision, reference: Reference) -> F
 class Repeated:
     """float64: every quantity is that of the reference."""
 
-    def __init__(self, reference: Reference, done: int = 0):
-        self.reference, self.done = reference, done
+    def __init__(self, reference: Reference, resumed: bool = False):
+        self.reference, self.done, self._resumed = reference, SAVED if resumed else 0, resumed
 
     def start(self, initial: Mapping[str, Tensor]) -> None:
         """The reference began from its own."""
@@ -68,7 +68,7 @@ class Repeated:
     def step(self, ours: StepTrace) -> StepTrace:
         """The reference's step."""
         self.done = ours.step
-        return self.reference.steps[ours.step - 1]
+        return self.reference.repeated if self._resumed else self.reference.steps[ours.step - 1]
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -82,11 +82,11 @@ class Repeated:
 
     def resumed(self) -> "Repeated":
         """The same once more."""
-        return Repeated(self.reference, SAVED)
+        return Repeated(self.reference, resumed=True)
 
     def resharded(self) -> "Repeated":
         """The same once more."""
-        return Repeated(self.reference, SAVED)
+        return Repeated(self.reference, resumed=True)
 
 
 class Derived:
@@ -118,8 +118,8 @@ class Derived:
         expected = replace(reference, ranks=[view], clipped=clipped, weights=self.weights)
         if ours.step == SAVED:
             self.saved = self.weights
-        if ours.step == STEPS:
-            self.last = replace(ours, ranks=ours.ranks[:1])
+        if ours.step == self.reference.repeated.step:
+            self.last = replace(ours, ranks=[self.reference.unskipped(ours.ranks[0])])
         return expected
 
     @property

@@ -8,7 +8,7 @@ from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import CheckpointConfig, CompressionConfig, Config, LossScaleConfig, OuterConfig, Precision
 from disttrain.verify.batches import GLOBAL_BATCH
 
-STEPS, OVERFLOW, SAVED = 4, 2, 3
+STEPS, OVERFLOW, SAVED = 3, 2, 1
 """Number of steps, the one that overflows, and the one after which a checkpoint is written."""
 
 HUNG = "did not finish"

@@ -1,9 +1,10 @@
 """What one run does, step by step, on one process or under a layout: recorded once, compared ever after.
 
-Four optimizer steps. In step 2, where the engine can be made to overflow, one element of one gradient of the last rank
-becomes infinite: all ranks must skip it and halve the loss scale. After step 3 come an evaluation and a checkpoint. Step
-4 is done twice: straight on, and by a fresh engine from the layout's own checkpoint. That engine then loads the
-checkpoint that one process wrote, and everything it holds afterwards is compared.
+Three optimizer steps. After the first come an evaluation and a checkpoint. In step 2, where the engine can be made to
+overflow, one element of one gradient of the last rank becomes infinite: all ranks must skip it and halve the loss scale.
+Step 3 is done twice: straight on, and by a fresh engine from the layout's own checkpoint, which is the same but for the
+loss scale, since a skipped step changes nothing else. (Where no step is skipped, it is step 2 that is done twice.) The
+fresh engine then loads the checkpoint that one process wrote, and everything it holds afterwards is compared.
 """
 
 import math
@@ -34,11 +35,11 @@ from disttrain.verify.compare import PHASES, Difference, Ledger, place_of
 from disttrain.verify.expectation import Following, expectation
 from disttrain.verify.gathering import Brought, Gathering, agreed
 from disttrain.verify.plan import OVERFLOW, SAVED, STEPS, rate
-from disttrain.verify.records import RankView, Reference, StepTrace
+from disttrain.verify.records import RankView, Reference, StepTrace, scales
 from disttrain.verify.tolerance import Key, Tolerance
 
 SCALE = LossScale(value=1024.0, growth_interval=2, minimum=1.0)
-"""Loss scale at the start: halved by the overflow, half-way to doubling when it is saved, doubled by the last step."""
+"""Loss scale at the start: half-way to doubling when it is saved, halved by the overflow, doubled by the resumed step."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def record(
             reference.evaluation = observed.evaluate()
             reference.checkpoint = observed.save(folder)
             reference.files = checkpoint.read(reference.checkpoint)
+            reference.saved = observed.engine.scale
     observed.close()
     reference.seconds = time.monotonic() - started
     return reference
@@ -112,7 +114,7 @@ def _compare(
         weights, _ = observed.weights()
         if groups.rank == 0:
             ledger.tensors("weights", SAVED, weights, following.weights, reference.tied, "as loaded")
-        _compare_step(ledger, observed, following, STEPS)
+        _compare_step(ledger, observed, following, reference.repeated.step)
         yield "resume", STEPS
         observed.load(reference.checkpoint)
         loaded = observed.loaded(reference)
@@ -223,18 +225,13 @@ class _Observed:
         self._step, self._seen = step, {}
         mine = micro_batches(self.batches.train[step - 1], *self.share)
         result = self.engine.step(mine, step, rate(self.config, step))
-        after = self.engine.scale
         view = RankView(
             losses={name: float(loss.sum) / max(int(loss.count), 1) for name, loss in result.losses.items()},
             counts={name: int(loss.count) for name, loss in result.losses.items()}
             | {"tokens": int(result.tokens), "positions": result.positions},
             norm=float(result.grad_norm),
             skipped=result.skipped,
-            scales={
-                "loss_scale": result.loss_scale,
-                "next_loss_scale": after.value,
-                "good_steps": after.good_steps,
-            },
+            scales=scales(result.loss_scale, self.engine.scale),
         )
         brought = self._bring(view, self._seen, {"gradient": self._seen["gradient"]})
         whole = {kind: brought.whole.get(kind, {}) for kind in ("gradient", "clipped", "weight")}
@@ -330,12 +327,11 @@ def _compare_state(ledger: Ledger, ours: Mapping[str, Tensor], wanted: Mapping[s
 
 def _compare_loaded(ledger: Ledger, loaded: "_Loaded", following: Following, reference: Reference) -> None:
     """All that an engine holds once it has loaded a checkpoint of one process."""
-    (view,) = reference.steps[SAVED - 1].ranks
-    wanted = following.files
+    wanted, wanted_scale = following.files, reference.saved
     for rank, (scale, counts) in enumerate(loaded.said):
         at = f"as loaded, on rank {rank}"
-        ledger.exact("skip", SAVED, "loss_scale", scale.value, view.scales["next_loss_scale"], at)
-        ledger.exact("skip", SAVED, "good_steps", scale.good_steps, view.scales["good_steps"], at)
+        ledger.exact("skip", SAVED, "loss_scale", scale.value, wanted_scale.value, at)
+        ledger.exact("skip", SAVED, "good_steps", scale.good_steps, wanted_scale.good_steps, at)
         for name, count in counts.items():
             ledger.exact("checkpoint", SAVED, name, count, float(wanted[name]), at)
     met = {name for _, counts in loaded.said for name in counts}

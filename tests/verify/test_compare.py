@@ -81,7 +81,7 @@ def test_the_first_difference_is_the_earliest_cause() -> None:
     after = Ledger(Exactly())
     after.number("resume", 4, "a", 2.0, 1.0)
     after.number("evaluation", 4, "lm", 2.0, 1.0)
-    after.number("weights", 5, "a", 2.0, 1.0)
+    after.number("weights", 4, "a", 2.0, 1.0)
     assert [d.phase for d in first_of(after.failures)] == ["weights"]  # what trains wrongly, evaluates wrongly
 
 

@@ -118,6 +118,26 @@ def skipped_step_counts() -> None:
     replace(NativeEngine, "_unscale_and_clip", make)
 
 
+def skipped_gradients_stay() -> None:
+    """The gradients of a skipped step are not cleared: the next ones are added to them."""
+
+    def keep(result: Any, self: NativeEngine, *step: Any) -> Any:
+        for p in self.parameters if result.skipped else []:
+            p.parameter.grad = torch.ones_like(p.parameter)
+        return result
+
+    after(NativeEngine, "step", keep)
+
+
+def saving_changes_moments() -> None:
+    def forget(path: Any, folder: Any, step: Any, tensors: Any, *rest: Any, **keep: Any) -> Any:
+        for moments in tensors["optimizer"].values():
+            moments["exp_avg"].zero_()
+        return path
+
+    after(checkpoint, "save", forget)
+
+
 def norms_decay_under_zero() -> None:
     """Weight decay is decided by the shape of the flat shard, in worlds of several ranks."""
 
@@ -322,6 +342,10 @@ STATE = [
            skipped_step_decays, "weights", "a skipped step changed weights", needs()),
     Mutant("skipped_step_counts", "a skipped step advances Adam's bias correction", "dp2 on 2", skipped_step_counts,
            "weights", "a skipped step changed the optimizer's state", needs()),
+    Mutant("skipped_gradients_stay", "the gradients of a skipped step are added to those of the next", "mb4 on 1",
+           skipped_gradients_stay, "gradients", "loses or repeats a contribution", needs()),
+    Mutant("saving_changes_moments", "a run that saves goes on in another way than one that does not", "dp2 on 2",
+           saving_changes_moments, "weights", "or evaluation or saving did", needs()),
     Mutant("norms_decay_under_zero", "weight decay also falls on norms and biases when parameters are sharded",
            "dp2.zero2 on 2", norms_decay_under_zero, "weights", "weight decay groups", needs("data")),
     Mutant("evaluates_in_training_mode", "evaluation runs with dropout", "tp2 on 2", evaluates_in_training_mode,
