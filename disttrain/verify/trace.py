@@ -9,7 +9,7 @@ fresh engine then loads the checkpoint that one process wrote, and everything it
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,15 @@ from disttrain.parallel.sharding import local
 from disttrain.precision import LossScale
 from disttrain.verify.batches import Batches, micro_batches
 from disttrain.verify.compare import PHASES, Difference, Ledger, place_of
+from disttrain.verify.entries import (
+    Loaded,
+    compare_copies,
+    compare_evaluation,
+    compare_loaded,
+    compare_state,
+    compare_step,
+    moments_of,
+)
 from disttrain.verify.expectation import Following, expectation
 from disttrain.verify.gathering import Brought, Gathering, agreed
 from disttrain.verify.plan import OVERFLOW, SAVED, STEPS, rate
@@ -120,7 +129,7 @@ def _compare(
         loaded = observed.loaded(reference)
         if groups.rank == 0:
             ledger.label, following = "reshard", following.resharded()
-            _compare_loaded(ledger, loaded, following, reference)
+            compare_loaded(ledger, loaded, following, reference)
         yield "reshard", SAVED
 
 
@@ -133,17 +142,17 @@ def _compare_training(
     if rank == 0:
         ledger.tensors("initial_weights", 0, initial, reference.initial, reference.tied)
         following.start(initial)
-        _compare_copies(ledger, "replicas", 0, apart)
+        compare_copies(ledger, "replicas", 0, apart)
     yield "replicas", 0
     for step in range(1, STEPS + 1):
         _compare_step(ledger, observed, following, step)
         yield "replicas", step
         if step == SAVED:
-            _compare_evaluation(ledger, gather_objects(observed.evaluate()), reference)
+            compare_evaluation(ledger, gather_objects(observed.evaluate()), reference)
             yield "evaluation", step
             path = observed.save(folder)
             if rank == 0:
-                _compare_state(ledger, checkpoint.read(path), following.files)
+                compare_state(ledger, checkpoint.read(path), following.files)
             yield "checkpoint", step
     return path
 
@@ -154,48 +163,8 @@ def _compare_step(ledger: Ledger, observed: "_Observed", following: Following, s
         compare_step(ledger, trace, following.step(trace), observed.tied)
 
 
-def _compare_evaluation(ledger: Ledger, evaluations: list[dict[str, float]], expected: Reference) -> None:
-    for rank, scores in enumerate(evaluations):
-        for name, value in expected.evaluation.items():
-            ledger.number("evaluation", SAVED, name, scores.get(name, math.nan), value, f"on rank {rank}")
-
-
-def compare_step(ledger: Ledger, ours: StepTrace, expected: StepTrace, tied: dict[str, str]) -> None:
-    """Enter every quantity of one step."""
-    step, (want,) = expected.step, expected.ranks
-    for rank, view in enumerate(ours.ranks):
-        at = f"on rank {rank}"
-        for name, count in want.counts.items():
-            ledger.exact("counts", step, name, view.counts.get(name), count, at)
-        for name, loss in want.losses.items():
-            ledger.number("forward", step, name, view.losses.get(name, math.nan), loss, at)
-        ledger.number("grad_norm", step, "grad_norm", view.norm, want.norm, at)
-        ledger.exact("skip", step, "skipped", view.skipped, want.skipped, at)
-        for name, scale in want.scales.items():
-            ledger.exact("skip", step, name, view.scales[name], scale, at)
-    ledger.tensors("gradients", step, ours.gradients, expected.gradients, tied)
-    if ours.clipped and expected.clipped:
-        ledger.tensors("clip", step, ours.clipped, expected.clipped, tied)
-    ledger.tensors("weights", step, ours.weights, expected.weights, tied)
-    _compare_copies(ledger, "gradients", step, ours.apart["gradient"])
-    _compare_copies(ledger, "replicas", step, ours.apart["weight"])
-
-
 def _groups(rank: int, config: Config) -> Groups:
     return make_groups(build_mesh(config.parallel, dist.get_world_size()), rank, "cpu", Traffic())
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What an engine holds; whole on rank 0."""
-
-    said: list[tuple[LossScale, dict[str, float]]]
-    """The loss scale of each rank, and the optimizer's counts by their names in a checkpoint."""
-    weights: dict[str, Tensor]
-    apart: dict[str, float]
-    """How far copies of a weight are apart."""
-    moments: dict[str, Tensor]
-    """By their names in a checkpoint."""
 
 
 class _Observed:
@@ -263,12 +232,12 @@ class _Observed:
         trainer = checkpoint.load(path, state)
         self.engine.load_state_dict({**state, "engine": trainer["engine"]})
 
-    def loaded(self, reference: Reference) -> _Loaded:
+    def loaded(self, reference: Reference) -> Loaded:
         """Weights, the optimizer's state and the loss scale, as they are now."""
         saved = self.engine.state_dict()["optimizer"]
         weights = self.engine.held("weight")
         names = [shard.tied_to or shard.name for shard, _ in weights]
-        kinds = _moments(reference)
+        kinds = moments_of(reference)
         values = {
             kind: self._gathering.flat([
                 (shard, local(saved[name][kind]) if weight.numel() else weight)
@@ -284,7 +253,7 @@ class _Observed:
         }
         brought = self._bring((self.engine.scale, counts), values, {})
         moments = {f"optimizer.{n}.{kind}": t for kind in kinds for n, t in brought.whole.get(kind, {}).items()}
-        return _Loaded(brought.said, brought.whole.get("weight", {}), brought.apart["weight"], moments)
+        return Loaded(brought.said, brought.whole.get("weight", {}), brought.apart["weight"], moments)
 
     def close(self) -> None:
         """Let go of the engine."""
@@ -310,46 +279,3 @@ def overflow(engine: NativeEngine) -> None:
             parameter.gradient.view(-1)[0] = math.inf
             return
     raise ValueError("this rank holds no gradient")
-
-
-def _compare_copies(ledger: Ledger, phase: str, step: int, apart: dict[str, float]) -> None:
-    ledger.copies(phase, step, "copies", 0.0)
-    for name, error in apart.items():
-        ledger.copies(phase, step, name, error)
-
-
-def _compare_state(ledger: Ledger, ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Weights and moments under their names in a checkpoint."""
-    for kind in sorted({_kind(name) for name in ours.keys() | wanted.keys()}):
-        ours_of, theirs_of = ({n: t for n, t in f.items() if _kind(n) == kind} for f in (ours, wanted))
-        ledger.tensors("checkpoint", SAVED, ours_of, theirs_of, {})
-
-
-def _compare_loaded(ledger: Ledger, loaded: "_Loaded", following: Following, reference: Reference) -> None:
-    """All that an engine holds once it has loaded a checkpoint of one process."""
-    wanted, wanted_scale = following.files, reference.saved
-    for rank, (scale, counts) in enumerate(loaded.said):
-        at = f"as loaded, on rank {rank}"
-        ledger.exact("skip", SAVED, "loss_scale", scale.value, wanted_scale.value, at)
-        ledger.exact("skip", SAVED, "good_steps", scale.good_steps, wanted_scale.good_steps, at)
-        for name, count in counts.items():
-            ledger.exact("checkpoint", SAVED, name, count, float(wanted[name]), at)
-    met = {name for _, counts in loaded.said for name in counts}
-    kinds = {"weight", *_moments(reference)}
-    for name in sorted(name for name in wanted.keys() - met if _kind(name) not in kinds):
-        ledger.exact("checkpoint", SAVED, name, None, float(wanted[name]), "it is missing")
-    ledger.tensors("weights", SAVED, loaded.weights, following.weights, reference.tied, "as loaded")
-    _compare_copies(ledger, "replicas", SAVED, loaded.apart)
-    _compare_state(
-        ledger, loaded.moments, {name: wanted[name] for name in wanted if _kind(name) in _moments(reference)}
-    )
-
-
-def _moments(reference: Reference) -> list[str]:
-    """What the optimizer has as many of as a parameter has elements: `exp_avg`, not `step`."""
-    return sorted({_kind(name) for name, tensor in reference.files.items() if tensor.ndim} - {"weight"})
-
-
-def _kind(name: str) -> str:
-    """Weights, or one of the optimizer's moments: tensors of one size."""
-    return "weight" if name.startswith("model.") else name.rsplit(".", 1)[-1]
