@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,8 +115,9 @@ def main(
         plan = [(name, model, seed) for seed in seeds or (1, 2, 3) for model in models or MODELS
                 for name in only or CONTESTANTS if (name, model, seed) not in known]  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
+            commit = report.commit()
             for number, (name, model, seed) in enumerate(plan, start=1):
-                runs.append(train(name, model, seed, data.resolve(), words or [], Path(scratch)))
+                runs.append(train(commit, name, model, seed, data.resolve(), words or [], Path(scratch)))
                 print(f"{number}/{len(plan)} {describe(runs[-1])}", file=sys.stderr, flush=True)
                 write(out, about, workload, runs)
     write(out, about, workload, runs)
@@ -130,7 +132,7 @@ def existing(name: str) -> Path:
     return (found[-1] if found else HERE / name).with_suffix("")
 
 
-def train(name: str, model: str, seed: int, data: Path, words: Sequence[str], scratch: Path) -> Run:
+def train(commit: str | None, name: str, model: str, seed: int, data: Path, words: Sequence[str], scratch: Path) -> Run:
     """One run in fresh processes. The tokens and the vocabulary are prepared by the first run of a model."""
     label = f"{model}-{name}-{seed}"
     mine = [*words, *CONTESTANTS[name]]
@@ -144,7 +146,7 @@ def train(name: str, model: str, seed: int, data: Path, words: Sequence[str], sc
     return result(Run(
         contestant=name, model=model, seed=seed, state="done" if done.returncode == 0 else "failed",
         message="" if done.returncode == 0 else last_line(done.stdout + done.stderr), curve=[], accuracy=None,
-        wire_bytes=None, seconds=round(time.monotonic() - began, 1), overrides=mine, commit=report.commit(),
+        wire_bytes=None, seconds=round(time.monotonic() - began, 1), overrides=mine, commit=commit,
     ), scratch / label)  # fmt: skip
 
 
@@ -320,75 +322,95 @@ def colour(name: str) -> str:
     return "#000000" if name == BASE else COLOURS[(list(CONTESTANTS).index(name) - 1) % len(COLOURS)]
 
 
-def panels(height: float) -> tuple[Any, dict[str, Any]]:
-    """A figure with a panel for each model side by side."""
+def panels(rows: int, height: float) -> tuple[Any, dict[str, list[Any]]]:
+    """A figure with a column of panels for each model."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, height), layout="constrained")
-    axes = dict(zip(MODELS, figure.subplots(1, len(MODELS)), strict=True))
-    for model, panel in axes.items():
-        panel.set_title(TITLES[model], loc="left")
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+    grid = figure.subplots(rows, len(MODELS), sharex="col", squeeze=False)
+    axes = {model: list(grid[:, column]) for column, model in enumerate(MODELS)}
+    for model, column in axes.items():
+        column[0].set_title(TITLES[model], loc="left")
+        for panel in column:
+            panel.grid(alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
+def percent_axis(axis: Any, ticks: Sequence[float], times: float) -> None:
+    """These ticks and no others, `times` their value in %."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{times * value:g} %")
+
+
+def increase_axis(panel: Any) -> None:
+    """Increase in %, straight up to 1 % and in powers above."""
+    panel.set_yscale("symlog", linthresh=1.0, linscale=1.0)
+    percent_axis(panel.yaxis, [-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], 1)
+    panel.axhline(0, color="#000000", linewidth=0.8)
+
+
 def loss_figure(runs: Sequence[Run]) -> Any:
-    """Held-out loss against tokens: the mean over the seeds that ended."""
-    figure, axes = panels(5)
-    for model, panel in axes.items():
-        ends = []
+    """Held-out loss against tokens, and its increase over the uncompressed run's: means over the seeds that ended."""
+    figure, axes = panels(2, 7)
+    for model, (upper, lower) in axes.items():
+        done = [run for run in runs if run.model == model and run.loss is not None]
+        base = {run.seed: run for run in done if run.contestant == BASE}
         for name in CONTESTANTS:
-            curves = [
-                run.curve for run in runs if (run.model, run.contestant) == (model, name) and run.loss is not None
-            ]
-            if not curves:
+            own = [run for run in done if run.contestant == name and run.seed in base]
+            if not own:
                 continue
-            tokens = [statistics.fmean(point[1] for point in points) for points in zip(*curves, strict=True)]
-            losses = [
-                statistics.fmean(point[2] or math.nan for point in points) for points in zip(*curves, strict=True)
-            ]
-            base = name == BASE
-            panel.plot(tokens, losses, color=colour(name), linewidth=2.2 if base else 1.3, zorder=3 if base else 2,
-                       linestyle="--" if base else "-")  # fmt: skip
-            ends.append((tokens[-1], losses[-1], name))
-        panel.set_xlabel("training tokens")
-        panel.set_ylabel(f"held-out loss, {LOSSES[model]}")
-        label_ends(panel, ends)
+            tokens = points(own, lambda run: [point[1] / 1000 for point in run.curve])
+            losses = points(own, lambda run: [point[2] for point in run.curve])
+            style = {"color": colour(name), "linewidth": 1.3, "label": f"{losses[-1]:.3f}  {name}"}
+            if name == BASE:
+                style |= {"linewidth": 2.2, "linestyle": "--", "zorder": 3}
+            upper.plot(tokens, losses, **style)
+            if name != BASE:
+                lower.plot(tokens, points(own, partial(increases, bases=base)), **style)
+        increase_axis(lower)
+        lower.set_xlabel("thousands of training tokens")
+        upper.set_ylabel(f"held-out loss, {LOSSES[model]}")
+        lower.set_ylabel("increase over uncompressed")
+        lines = sorted(upper.get_lines(), key=lambda line: line.get_ydata()[-1], reverse=True)
+        upper.legend(handles=lines, frameon=False, fontsize=8, title="at the end", title_fontsize=8)
     return figure
 
 
-def label_ends(panel: Any, ends: Sequence[tuple[float, float, str]]) -> None:
-    """Write each curve's name beside its end, moved up or down where two would touch."""
-    if not ends:
-        return
-    low, high = panel.get_ylim()
-    gap = (high - low) / 24
-    wanted = sorted(ends, key=lambda end: end[1])
-    heights = [end[1] for end in wanted]
-    for place in range(1, len(heights)):
-        heights[place] = max(heights[place], heights[place - 1] + gap)
-    for (tokens, loss, name), height in zip(wanted, heights, strict=True):
-        panel.annotate(name, (tokens, loss), (tokens * 1.04, height), color=colour(name), fontsize=9, va="center",
-                       arrowprops={"arrowstyle": "-", "color": colour(name), "linewidth": 0.6})  # fmt: skip
+def points(runs: Sequence[Run], of: Callable[[Run], Sequence[float | None]]) -> list[float]:
+    """Means over the runs, evaluation by evaluation."""
+    return [statistics.fmean(math.nan if v is None else v for v in at) for at in zip(*map(of, runs), strict=True)]
+
+
+def increases(run: Run, bases: dict[int, Run]) -> list[float | None]:
+    """Loss over that of its seed's uncompressed run, less one, in %, at every evaluation."""
+    pairs = [(mine[2], other[2]) for mine, other in zip(run.curve, bases[run.seed].curve, strict=True)]
+    return [100 * (mine / other - 1) if mine is not None and other else None for mine, other in pairs]
 
 
 def bytes_figure(runs: Sequence[Run]) -> Any:
     """Increase of the final loss against bytes on the wire: means and standard deviations over the seeds."""
-    figure, axes = panels(4.5)
-    for model, panel in axes.items():
-        panel.axhline(0, color="#000000", linewidth=0.8)
-        panel.set_xscale("log")
-        for row in summarise(runs, model):
-            if row.contestant == BASE or not row.increases or row.share is None:
-                continue
+    figure, axes = panels(1, 4.5)
+    for model, (panel,) in axes.items():
+        placed: list[tuple[float, float]] = []
+        shown = [row for row in summarise(runs, model) if row.contestant != BASE and row.increases and row.share]
+        for row in sorted(shown, key=lambda row: -statistics.fmean(row.increases)):
+            share, at = row.share or math.nan, statistics.fmean(row.increases)
             error = statistics.stdev(row.increases) if len(row.increases) > 1 else 0.0
-            at = statistics.fmean(row.increases)
-            panel.errorbar(row.share, at, error, color=colour(row.contestant), marker="o", capsize=3)
-            panel.annotate(row.contestant, (row.share, at), (6, 5), textcoords="offset points", fontsize=9,
+            near = any(abs(math.log(share / x)) < 0.3 for x, _ in placed)  # whose name stands above its point
+            placed.append((share, at))
+            panel.errorbar(share, at, error, color=colour(row.contestant), marker="o", markersize=5, capsize=3)
+            panel.annotate(row.contestant, (share, at), (7, -9 if near else 4), textcoords="offset points", fontsize=9,
                            color=colour(row.contestant))  # fmt: skip
-        panel.set_xlabel("bytes on the wire, share of the uncompressed run's")
-        panel.set_ylabel("increase of the held-out loss, %")
+        panel.set_xscale("log")
+        panel.margins(x=0.15)
+        percent_axis(panel.xaxis, [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], 100)
+        increase_axis(panel)
+        panel.set_xlabel("bytes on the wire a step, of the uncompressed run's")
+        panel.set_ylabel("increase of the held-out loss at the end")
     return figure
 
 
