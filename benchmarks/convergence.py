@@ -313,8 +313,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-COLOURS = ("#1f5a94", "#c8502d", "#2e8b57", "#8e5bb5", "#b8860b", "#3aa6b9", "#d6478b", "#6b7f3a", "#7a4b2a", "#e08a1e")
-"""Of the contestants but the uncompressed one, which is black, in their order; they repeat."""
+COLOURS = ("#1f5a94", "#c8502d", "#2e8b57", "#8e5bb5", "#b8860b", "#3aa6b9", "#d6478b", "#6b7f3a", "#7a4b2a", "#909090")
+"""Of the contestants but the uncompressed one, which is black, in their order; they repeat, with dotted lines."""
 
 
 def colour(name: str) -> str:
@@ -348,7 +348,7 @@ def percent_axis(axis: Any, ticks: Sequence[float], times: float) -> None:
 
 def increase_axis(panel: Any) -> None:
     """Increase in %, straight up to 1 % and in powers above."""
-    panel.set_yscale("symlog", linthresh=1.0, linscale=1.0)
+    panel.set_yscale("symlog", linthresh=1.0, linscale=0.6)
     percent_axis(panel.yaxis, [-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], 1)
     panel.axhline(0, color="#000000", linewidth=0.8)
 
@@ -365,7 +365,9 @@ def loss_figure(runs: Sequence[Run]) -> Any:
                 continue
             tokens = points(own, lambda run: [point[1] / 1000 for point in run.curve])
             losses = points(own, lambda run: [point[2] for point in run.curve])
-            style = {"color": colour(name), "linewidth": 1.3, "label": f"{losses[-1]:.3f}  {name}"}
+            repeated = list(CONTESTANTS).index(name) > len(COLOURS)
+            style = {"color": colour(name), "linewidth": 1.3, "linestyle": ":" if repeated else "-",
+                     "label": f"{losses[-1]:.3f}  {name}"}  # fmt: skip
             if name == BASE:
                 style |= {"linewidth": 2.2, "linestyle": "--", "zorder": 3}
             upper.plot(tokens, losses, **style)
@@ -395,23 +397,40 @@ def bytes_figure(runs: Sequence[Run]) -> Any:
     """Increase of the final loss against bytes on the wire: means and standard deviations over the seeds."""
     figure, axes = panels(1, 4.5)
     for model, (panel,) in axes.items():
-        placed: list[tuple[float, float]] = []
-        shown = [row for row in summarise(runs, model) if row.contestant != BASE and row.increases and row.share]
-        for row in sorted(shown, key=lambda row: -statistics.fmean(row.increases)):
-            share, at = row.share or math.nan, statistics.fmean(row.increases)
+        names = []
+        for row in summarise(runs, model):
+            if row.contestant == BASE or not row.increases or row.share is None:
+                continue
+            at = statistics.fmean(row.increases)
             error = statistics.stdev(row.increases) if len(row.increases) > 1 else 0.0
-            near = any(abs(math.log(share / x)) < 0.3 for x, _ in placed)  # whose name stands above its point
-            placed.append((share, at))
-            panel.errorbar(share, at, error, color=colour(row.contestant), marker="o", markersize=5, capsize=3)
-            panel.annotate(row.contestant, (share, at), (7, -9 if near else 4), textcoords="offset points", fontsize=9,
-                           color=colour(row.contestant))  # fmt: skip
+            panel.errorbar(row.share, at, error, color=colour(row.contestant), marker="o", markersize=5, capsize=3)
+            names.append((row.contestant, (row.share, at)))
         panel.set_xscale("log")
-        panel.margins(x=0.15)
+        panel.margins(0.15, 0.1)
         percent_axis(panel.xaxis, [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], 100)
         increase_axis(panel)
         panel.set_xlabel("bytes on the wire a step, of the uncompressed run's")
         panel.set_ylabel("increase of the held-out loss at the end")
+        figure.draw_without_rendering()  # so that places are known
+        write_names(panel, names)
     return figure
+
+
+def write_names(panel: Any, names: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Each name beside its point, where it covers no point and no other name."""
+    from matplotlib.transforms import Bbox
+
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (panel.transData.transform(at) for _, at in names)]
+    for name, at in names:
+        for shift, side in (((8, 4), "left"), ((8, -12), "left"), ((-8, 4), "right"), ((-8, -12), "right")):
+            text = panel.annotate(name, at, shift, textcoords="offset points", fontsize=9, ha=side, color=colour(name))
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            text = panel.annotate(name, at, (8, -24), textcoords="offset points", fontsize=9, color=colour(name))
+        taken.append(text.get_window_extent())
 
 
 def save(figure: Any, path: Path) -> None:
