@@ -326,7 +326,7 @@ def panels(rows: int, height: float) -> tuple[Any, dict[str, list[Any]]]:
     """A figure with a column of panels for each model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, height), layout="constrained")
+    figure = Figure(figsize=(12, height), layout="constrained")
     grid = figure.subplots(rows, len(MODELS), sharex="col", squeeze=False)
     axes = {model: list(grid[:, column]) for column, model in enumerate(MODELS)}
     for model, column in axes.items():
@@ -378,7 +378,8 @@ def loss_figure(runs: Sequence[Run]) -> Any:
         upper.set_ylabel(f"held-out loss, {LOSSES[model]}")
         lower.set_ylabel("increase over uncompressed")
         lines = sorted(upper.get_lines(), key=lambda line: line.get_ydata()[-1], reverse=True)
-        upper.legend(handles=lines, frameon=False, fontsize=8, title="at the end", title_fontsize=8)
+        upper.legend(handles=lines, frameon=False, fontsize=8, title="at the end", title_fontsize=8,
+                     loc="upper left", bbox_to_anchor=(1.0, 1.0))  # fmt: skip
     return figure
 
 
@@ -406,7 +407,7 @@ def bytes_figure(runs: Sequence[Run]) -> Any:
             panel.errorbar(row.share, at, error, color=colour(row.contestant), marker="o", markersize=5, capsize=3)
             names.append((row.contestant, (row.share, at)))
         panel.set_xscale("log")
-        panel.margins(0.15, 0.1)
+        panel.margins(0.2, 0.1)
         percent_axis(panel.xaxis, [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], 100)
         increase_axis(panel)
         panel.set_xlabel("bytes on the wire a step, of the uncompressed run's")
@@ -425,7 +426,8 @@ def write_names(panel: Any, names: Sequence[tuple[str, tuple[float, float]]]) ->
         for shift, side in (((8, 4), "left"), ((8, -12), "left"), ((-8, 4), "right"), ((-8, -12), "right")):
             text = panel.annotate(name, at, shift, textcoords="offset points", fontsize=9, ha=side, color=colour(name))
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            inside = panel.bbox.x0 < box.x0 and box.x1 < panel.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
                 break
             text.remove()
         else:
