@@ -42,6 +42,15 @@ CONTESTANTS: dict[str, tuple[str, ...]] = {
     "randomk": ("compression.codec=randomk",),
     "threshold": ("compression.codec=threshold",),
     "powersgd": ("compression.codec=powersgd",),
+    "sign, begins whole": ("compression.codec=sign", "compression.warmup_steps=45"),
+    "topk, begins whole": ("compression.codec=topk", "compression.warmup_steps=45"),
+    "onebit_adam": ("compression.codec=onebit_adam", "compression.warmup_steps=45"),
+    "lamb, none": ("optim.name=lamb",),
+    "onebit_lamb": ("optim.name=lamb", "compression.codec=onebit_lamb", "compression.warmup_steps=45"),
+    "local SGD, 8 steps": ("outer.method=average", "outer.every=8"),
+    "DiLoCo, 8 steps": ("outer.method=nesterov", "outer.every=8"),
+    "DiLoCo, 8 steps, int4": ("outer.method=nesterov", "outer.every=8", "compression.codec=int4"),
+    "Adasum": ("outer.method=adasum", "outer.every=1"),
 }
 """Name -> what it changes in the config; all else is the same. A new method is a line here and `--only NAME`."""
 MODELS = {"gpt": "convergence_gpt.yaml", "bert": "convergence_bert.yaml"}
