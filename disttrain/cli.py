@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
+
+from disttrain.failures import exit_code, interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,13 +20,24 @@ if TYPE_CHECKING:
     from disttrain.data.preparation import Prepared
     from disttrain.interruption import Interruption
 
+
+class Commands(TyperGroup):
+    """Ctrl-C gets a line, which typer does not give it."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(interrupted())
+
+
 app = typer.Typer(
+    cls=Commands,
     name="disttrain",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Train GPT- and BERT-style models on one process or many, and measure it honestly.",
-)
+)  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
 
@@ -119,14 +133,13 @@ def doctor(
     """Show launcher, ranks, devices, versions and link speed, and explain contradictions."""
     from disttrain import launch
     from disttrain.config.problems import RefusedInput
-    from disttrain.interruption import Interruption
 
     if nproc > 1:
         if (rank := launch.detect(os.environ)).launcher != "none":
             raise RefusedInput([_already_launched(nproc, rank.launcher)])
         from disttrain import local_ranks
 
-        raise typer.Exit(local_ranks.start(nproc, _diagnose, Interruption(), local_ranks.method()))
+        raise typer.Exit(local_ranks.start(nproc, _diagnose, None, local_ranks.method()))
     raise typer.Exit(_diagnose())
 
 
@@ -255,8 +268,6 @@ def report(run: RunFolder) -> None:
 
 def main() -> None:
     """Entry point; every outcome has an exit code."""
-    from disttrain.failures import exit_code
-
     sys.exit(exit_code(lambda: app(standalone_mode=False)))
 
 

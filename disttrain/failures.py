@@ -25,8 +25,13 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except Exception as error:
         return explain(error)
     except KeyboardInterrupt:
-        print("disttrain: interrupted; nothing is lost, the same command goes on", file=sys.stderr)
-        return 130
+        return interrupted()
+
+
+def interrupted() -> int:
+    """Say so; the exit code."""
+    print("disttrain: interrupted; nothing is lost, the same command goes on", file=sys.stderr)
+    return 130
 
 
 def explain(error: Exception) -> int:

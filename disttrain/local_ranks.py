@@ -28,12 +28,13 @@ GRACE_S = 30.0
 Method = Literal["fork", "spawn"]
 
 
-def start(ranks: int, fn: Callable[[Interruption], int], interruption: Interruption, method: Method) -> int:
+def start(ranks: int, fn: Callable[[Interruption], int], interruption: Interruption | None, method: Method) -> int:
     """Call `fn` on `ranks` local ranks and wait; the exit code to end with, 0 where all of them gave 0.
 
     `fn` finds its rank in the environment, as under any launcher, and asks its argument whether to stop; with "spawn"
     it is pickled. It gives its exit code, or raises. Ctrl-C, SIGTERM and SIGUSR1 are passed on to the ranks,
-    which save a checkpoint and end with 130. When a rank fails the others are told to end, and killed after `GRACE_S`.
+    which save a checkpoint and end with 130; without an `interruption` there is nothing to save, the ranks are killed and
+    KeyboardInterrupt is raised. When a rank fails the others are told to end, and killed after `GRACE_S`.
     """
     context = get_context("fork") if method == "fork" else get_context("spawn")
     port, known = context.Value("i", 0), context.Event()
@@ -43,6 +44,8 @@ def start(ranks: int, fn: Callable[[Interruption], int], interruption: Interrupt
     ]
 
     def pass_on(number: int, frame: object = None) -> None:
+        if interruption is None:
+            raise KeyboardInterrupt
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid or 0, number)
@@ -52,7 +55,7 @@ def start(ranks: int, fn: Callable[[Interruption], int], interruption: Interrupt
             process.start()
         for number in SIGNALS:
             signal.signal(number, pass_on)
-        if interruption.signal is not None:  # it came before there was anybody to pass it on to
+        if interruption and interruption.signal:  # it came before there was anybody to pass it on to
             pass_on(interruption.signal)
         store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)  # starts a thread: not before the fork
         port.value = store.port

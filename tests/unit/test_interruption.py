@@ -1,5 +1,6 @@
 """Signals that ask a run to stop, sent to real processes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -60,3 +61,20 @@ def test_local_ranks_save_on_a_warning(tmp_path: Path) -> None:
     last = workplace.records("run", "step")[-1]["step"]
     assert (tmp_path / f"runs/run/checkpoints/step_{last:08d}").is_dir()
     assert (tmp_path / "runs/run/loss_curve.png").is_file()
+
+
+def test_doctor_ends_with_the_first_interruption(tmp_path: Path) -> None:
+    """Ctrl-C goes to the command and to its ranks, wherever they are: starting, meeting or measuring."""
+    command = [sys.executable, "-m", "disttrain", "doctor", "--nproc", "2"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    deadline = time.monotonic() + 100
+    while len(children.read_text().split()) < 2:
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.2)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=30)
+    assert said.endswith("disttrain: interrupted; nothing is lost, the same command goes on\n")
+    assert running.returncode == 130

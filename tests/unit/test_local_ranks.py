@@ -15,6 +15,7 @@ import json, os, signal, sys, time
 import torch, torch.distributed as dist
 from disttrain import local_ranks
 from disttrain.config.problems import Problem, RefusedInput
+from disttrain.failures import exit_code
 from disttrain.interruption import Interruption
 from disttrain.launch import detect
 
@@ -30,6 +31,8 @@ def behave(interruption):
             dist.destroy_process_group()
         case "one refuses" if rank.rank == 1:
             raise RefusedInput([Problem(("setting=1",), "this cannot be", "do something else")])
+        case "measure":
+            time.sleep(60)
         case "one raises" if rank.rank == 1:
             raise KeyError("unexpected")
         case _:
@@ -39,7 +42,8 @@ def behave(interruption):
     return 0
 
 if __name__ == "__main__":
-    sys.exit(local_ranks.start(3, behave, Interruption().listen(), sys.argv[1]))
+    sys.exit(exit_code(lambda: local_ranks.start(
+        3, behave, None if sys.argv[2] == "measure" else Interruption().listen(), sys.argv[1])))
 """
 
 
@@ -85,6 +89,18 @@ def test_signals_reach_every_rank(tmp_path: Path, method: str, number: signal.Si
     process.send_signal(number)
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ranks_without_anything_to_save_end_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    process = started(tmp_path, "fork", "measure")
+    pids = wait_for_pids(tmp_path, process)
+    for pid in pids if number == signal.SIGINT else ():  # which a terminal sends to all
+        os.kill(pid, number)
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[1] == "disttrain: interrupted; nothing is lost, the same command goes on\n"
+    assert process.returncode == 130
+    assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
 
 
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
