@@ -130,8 +130,9 @@ def same_masks_on_all_ranks() -> None:
 def counted_by_every_rank() -> None:
     def make(count: Any) -> Any:
         def changed(self: NativeEngine, batches: Any) -> Any:
-            counts, tokens = count(self, batches)
-            return {name: n * self.groups.tensor.size for name, n in counts.items()}, tokens
+            _, counts, tokens = count(self, batches)
+            counts = {name: n * self.groups.tensor.size for name, n in counts.items()}
+            return counts, counts, tokens
 
         return changed
 
@@ -175,10 +176,10 @@ def stale_shard() -> None:
     """The last rank's shard of one matrix is overwritten with what was gathered before the update."""
 
     def make(update: Any) -> Any:
-        def changed(self: NativeEngine, rate: float) -> None:
+        def changed(self: NativeEngine, step: int, rate: float) -> None:
             last = self.groups.world.rank == self.groups.world.size - 1 and self.config.parallel.zero > 0
             kept = {p: p.master.detach().clone() for p in self.parameters if last and "mlp.up.weight" in p.shard.name}
-            update(self, rate)
+            update(self, step, rate)
             with torch.no_grad():
                 for p, old in kept.items():
                     p.master.copy_(old)

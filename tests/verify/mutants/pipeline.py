@@ -25,9 +25,9 @@ def tied_summed_twice() -> None:
 
 def tied_updated_on_one_side() -> None:
     def make(update: Any) -> Any:
-        def changed(self: NativeEngine, rate: float) -> None:
+        def changed(self: NativeEngine, step: int, rate: float) -> None:
             kept = {p: p.master.detach().clone() for p in self.parameters if p.shard.tied_to}
-            update(self, rate)
+            update(self, step, rate)
             with torch.no_grad():
                 for p, old in kept.items():
                     p.master.copy_(old)
@@ -93,8 +93,8 @@ def stages_not_summed_over_data() -> None:
 
 def stale_rate_on_one_stage() -> None:
     def make(update: Any) -> Any:
-        def changed(self: NativeEngine, rate: float) -> None:
-            update(self, rate if self.groups.pipeline.rank == 0 else 1e-2)
+        def changed(self: NativeEngine, step: int, rate: float) -> None:
+            update(self, step, rate if self.groups.pipeline.rank == 0 else 1e-2)
 
         return changed
 

@@ -95,7 +95,7 @@ def skipped_step_decays() -> None:
             if skipped:
                 for gradient in gradients_of(self.parameters):
                     gradient.zero_()
-                self._update(1e-2)
+                self._update(1, 1e-2)
             return norm, skipped
 
         return changed
@@ -142,8 +142,8 @@ def norms_decay_under_zero() -> None:
     """Weight decay is decided by the shape of the flat shard, in worlds of several ranks."""
 
     def make(build: Any) -> Any:
-        def changed(config: Any, named: Any) -> Any:
-            optimizer = build(config, named)
+        def changed(config: Any, named: Any, *more: Any) -> Any:
+            optimizer = build(config, named, *more)
             if dist.get_world_size() > 1:
                 for group in optimizer.param_groups:
                     group["weight_decay"] = config.weight_decay
