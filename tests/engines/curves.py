@@ -34,6 +34,9 @@ LOCAL: list[tuple[str, str, Launcher | None, list[str]]] = [
     ("horovodrun --gloo", "horovod", LAUNCHERS["horovodrun"], ["engine=horovod"]),
     ("horovodrun --mpi", "horovod", HOROVOD_MPI, ["engine=horovod"]),
     ("mpirun (Open MPI)", "horovod", LAUNCHERS["openmpi"], ["engine=horovod"]),
+    ("mpiexec (MPICH)", "horovod, over gloo", LAUNCHERS["mpich"], ["engine=horovod", "horovod.transport=gloo"]),
+    ("torchrun", "horovod", LAUNCHERS["torchrun"], ["engine=horovod"]),
+    ("disttrain --nproc", "horovod", None, ["engine=horovod"]),
 ]  # fmt: skip
 SLURM: list[tuple[str, str, list[str]]] = [
     ("train.sbatch", "native", []),
