@@ -1,13 +1,14 @@
 """Seconds and bytes of a step under each gradient codec, between emulated hosts whose link is limited.
 
 python benchmarks/compression.py [--hosts 2 4] [--rates 10mbit 100mbit 1gbit off] [--steps N] [--only NAME ...]
-                                 [--train-s SECONDS --text FILE]
+                                 [--curve STEPS --text FILE]
 
 Hosts are network namespaces with one rank each, joined by a bridge; tc limits what each sends and receives. Needs root and
 Linux. Every variant of one (hosts, rate) runs in the same processes one after the other, so that figures are ratios within
-one run. torch's own hooks and Horovod's fp16 are measured beside. With --train-s each trains on the bytes of a text for so
-many seconds and to as many steps as the first one did, for held-out losses at equal time and at equal tokens. Writes
-compression_<hardware>_<yyyymm>.{json,md}.
+one run. torch's own hooks and Horovod's fp16 are measured beside, and what compression.codec=auto chooses. With --curve each
+also trains on the bytes of a text for so many steps, once, on an unlimited link: what it learns in a step does not depend on
+the rate. So losses at equal tokens are read there, and losses at equal time follow from the seconds of a step at each rate.
+Writes compression_<hardware>_<yyyymm>.{json,md} after each part; parts that are there already are not measured again.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ sys.path.insert(0, str(ROOT))
 BASE = "none"
 VARIANTS: dict[str, tuple[str, ...]] = {
     BASE: (),
+    "auto": ("compression.codec=auto",),
+    "fp16": ("compression.codec=fp16",),
     "bf16": ("compression.codec=bf16",),
     "int8": ("compression.codec=int8",),
     "int4": ("compression.codec=int4",),
@@ -42,6 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "random-k, 1 %": ("compression.codec=randomk",),
     "threshold, 3 rms": ("compression.codec=threshold",),
     "PowerSGD, rank 4": ("compression.codec=powersgd",),
+    "1-bit Adam": ("compression.codec=onebit_adam", "compression.warmup_steps=15%"),
     "DiLoCo, 32 steps": ("outer.method=nesterov", "outer.every=32"),
     "DiLoCo, 32 steps, int8": ("outer.method=nesterov", "outer.every=32", "compression.codec=int8"),
     "DiLoCo, 32 steps, streaming": ("outer.method=nesterov", "outer.every=32", "outer.fragments=4", "outer.overlap=4"),
@@ -55,8 +59,10 @@ WORKLOAD = ("model.preset=gpt-10m", "model.vocab_size=256", "data.tokenizer=byte
             "train.steps=100000", "precision=fp32")  # fmt: skip
 RATE, WARM_UP = 5e-4, 10
 """Learning rate, constant after so many steps of linear warm-up."""
-HELD_OUT = 32
+HELD_OUT = 16
 """Sequences at the end of the text."""
+CURVE_POINTS = 8
+"""Held-out losses of a curve, beside the one before the first step."""
 ENOUGH_S = 40.0
 """No further step of a variant begins after so many seconds."""
 
@@ -71,30 +77,39 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=1, help="of each rank in a step")
     parser.add_argument("--only", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--train-s", type=float, default=0.0, help="train for so many seconds, too")
+    parser.add_argument("--curve", type=int, default=0, help="train each for so many steps, too")
     parser.add_argument("--text", default=str(ROOT / "../shared/data/wikitext-2/train.txt"), help="what to train on")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     about = report.describe("cpu", 1, "python benchmarks/compression.py " + shlex.join(sys.argv[1:]))
     about["versions"]["horovod"] = report.version("horovod")
-    about |= {"sequences_per_rank": options.sequences, "train_s": options.train_s}
+    about |= {"sequences_per_rank": options.sequences, "curve_steps": options.curve}
     out = options.out or HERE / report.file_name(about).replace("throughput_", "compression_")
-    runs: list[dict[str, Any]] = []
+    path = out.with_suffix(".json")
+    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
     for count in options.hosts:
-        for rate in options.rates:
-            runs += between_hosts(count, rate, options)
-            out.with_suffix(".json").write_text(json.dumps({"about": about, "runs": runs}, indent=1))
+        for rate in [*options.rates, *([CURVE] if options.curve else [])]:
+            there = {run["name"] for run in runs if (run["hosts"], run["rate"]) == (count, rate)}
+            if missing := [
+                name for name in options.only if name not in there and not (rate == CURVE and name == "auto")
+            ]:
+                runs += between_hosts(count, rate, options, missing)
+            path.write_text(json.dumps({"about": about, "runs": runs}, indent=1))
             out.with_suffix(".md").write_text(markdown(about, runs))
     print(out.with_suffix(".md"))
 
 
-def between_hosts(count: int, rate: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every variant on so many hosts with this link."""
+CURVE = "curve"
+"""In the place of a rate: no limit, and losses instead of seconds."""
+
+
+def between_hosts(count: int, rate: str, options: argparse.Namespace, names: Sequence[str]) -> list[dict[str, Any]]:
+    """These variants on so many hosts with this link."""
     from tests.launchers.hosts import Hosts
 
-    variants = {name: VARIANTS[name] for name in options.only if "orovod" not in name or report.version("horovod")}
+    variants = {name: VARIANTS[name] for name in names if "orovod" not in name or report.version("horovod")}
     with tempfile.TemporaryDirectory() as scratch, Hosts(Path(scratch), count) as hosts:
-        hosts.limit(None if rate == "off" else rate)
+        hosts.limit(None if rate in ("off", CURVE) else rate)
         ranks = []
         for rank, name in enumerate(hosts.names):
             environment = {
@@ -102,7 +117,8 @@ def between_hosts(count: int, rate: str, options: argparse.Namespace) -> list[di
                 "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29512", "GLOO_SOCKET_IFNAME": "eth0",
                 "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             }  # fmt: skip
-            told = {name: getattr(options, name) for name in ("steps", "sequences", "train_s", "text")}
+            told = {name: getattr(options, name) for name in ("steps", "sequences", "text")}
+            told["curve"] = options.curve if rate == CURVE else 0
             words = ["--rank", json.dumps(variants), json.dumps(told)]
             script = shlex.join([sys.executable, str(HERE / "compression.py"), *words])
             named = ["unshare", "--uts", "sh", "-c", f"hostname {name}; exec {script}"]
@@ -114,6 +130,10 @@ def between_hosts(count: int, rate: str, options: argparse.Namespace) -> list[di
     of_ranks = [[json.loads(line) for line in output.splitlines() if line.startswith("{")] for output in outputs]
     runs = []
     for readings in zip(*of_ranks, strict=True):
+        if rate == CURVE:
+            runs.append({**readings[0], "hosts": count, "rate": rate})
+            print(f"{count} hosts, {readings[0]['name']}: {readings[0]['curve']}", file=sys.stderr, flush=True)
+            continue
         seconds = [max(step) for step in zip(*(r["seconds"] for r in readings), strict=True)]
         runs.append({**readings[0], "hosts": count, "rate": rate, "seconds": seconds,
                      "wire_bytes": max(r["wire_bytes"] for r in readings)})  # fmt: skip
@@ -132,18 +152,16 @@ def measure(variants: dict[str, Sequence[str]], options: argparse.Namespace) -> 
     keep_freed_memory()
     dist.init_process_group("gloo")
     tokens = Tokens(options)
-    enough = 0  # steps of the first variant
     for name, words in variants.items():
         start = torch_loop if words[:1] == ["torch"] else our_engine
         rounds = next((int(word.split("=")[1]) for word in words if word.startswith("outer.every")), 1)
-        loop = start(words, tokens)
-        reading = {"name": name, **seconds_and_bytes(loop, -(-options.steps // rounds) * rounds, rounds)}
+        loop = start([word.replace("15%", str(max(options.curve * 15 // 100, 1))) for word in words], tokens)
+        reading = {"name": name, **loop.chosen}
+        if options.curve:
+            reading["curve"] = losses(loop, options.curve)
+        else:
+            reading |= seconds_and_bytes(loop, -(-options.steps // rounds) * rounds, rounds)
         loop.close()
-        if options.train_s:
-            loop = start(words, tokens)
-            reading |= losses(loop, options.train_s, enough)
-            enough = enough or reading["steps"]
-            loop.close()
         print(json.dumps(reading), flush=True)
     dist.destroy_process_group()
 
@@ -172,19 +190,14 @@ def seconds_and_bytes(loop: "Loop", steps: int, rounds: int) -> dict[str, Any]:
     return {"seconds": means, "wire_bytes": (sent() - before) / len(seconds), **counted}
 
 
-def losses(loop: "Loop", train_s: float, enough: int) -> dict[str, Any]:
-    """Held-out losses, in nats a byte, after so many seconds in steps, and after `enough` of them."""
-    spent, number, found = 0.0, 0, {}
-    while "loss_at_time" not in found or number < enough:
-        number += 1
-        start = time.perf_counter()
+def losses(loop: "Loop", steps: int) -> list[tuple[int, float]]:
+    """Held-out losses, in nats a byte, before the first step and after every eighth of them."""
+    found = [(0, loop.evaluate())]
+    for number in range(1, steps + 1):
         loop.step(number)
-        spent += time.perf_counter() - start
-        if "loss_at_time" not in found and agreed(spent >= train_s):
-            found |= {"loss_at_time": loop.evaluate(), "steps": number}
-        if number == enough:
-            found["loss_at_tokens"] = loop.evaluate()
-    return {"loss_at_tokens": found["loss_at_time"], **found} if not enough else found
+        if number * CURVE_POINTS % steps < CURVE_POINTS:
+            found.append((number, loop.evaluate()))
+    return found
 
 
 def sent() -> int:
@@ -209,7 +222,7 @@ class Tokens:
         import numpy as np
 
         self.sequences, length = options.sequences, 257
-        if options.train_s:
+        if options.curve:
             text = np.frombuffer(Path(options.text).read_bytes()[: 1 << 24], dtype=np.uint8).astype(np.int64)
         else:
             text = np.random.default_rng(0).integers(0, 256, 1 << 16)
@@ -232,6 +245,8 @@ class Loop:
     counted: Callable[[], dict[str, float]]
     evaluate: Callable[[], float]
     close: Callable[[], Any]
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """What compression.codec=auto chose, and what it expects."""
 
 
 def rate(number: int) -> float:
@@ -244,8 +259,8 @@ def our_engine(words: Sequence[str], tokens: Tokens) -> Loop:
     import torch
     import torch.distributed as dist
 
-    from disttrain import engines
-    from disttrain.config.load import load
+    from disttrain import codec_choice, engines
+    from disttrain.config.load import load, with_values
     from disttrain.mesh import build_mesh
     from disttrain.parallel.collectives import Traffic
     from disttrain.parallel.groups import make_groups
@@ -254,11 +269,21 @@ def our_engine(words: Sequence[str], tokens: Tokens) -> Loop:
     config = load(HERE / "gpt_10m.yaml", [*WORKLOAD, f"train.global_batch_size={tokens.sequences * ranks}",
                                          f"train.micro_batch_size={tokens.sequences}", *words])  # fmt: skip
     groups = make_groups(build_mesh(config.parallel, ranks), rank, "cpu", Traffic())
+
+    def batch(number: int) -> dict[str, Any]:
+        windows = tokens.windows(number, rank)
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
+
+    chosen = {}
+    if config.compression.codec == "auto":
+        choice = codec_choice.choose(config, groups, torch.device("cpu"), "fp32", [batch(1)])
+        config = with_values(config, {"compression.codec": choice.best.codec})
+        chosen = {"chosen": choice.best.codec, "predicted_s": choice.best.step_s, "choosing_s": choice.seconds,
+                  "candidates": [asdict(each) for each in choice.candidates]}  # fmt: skip
     engine = engines.build(config, groups, torch.device("cpu"), "fp32")
 
     def step(number: int) -> None:
-        windows = tokens.windows(number, rank)
-        engine.step([{"tokens": windows[:, :-1], "targets": windows[:, 1:]}], number, rate(number))
+        engine.step([batch(number)], number, rate(number))
 
     def counted() -> dict[str, float]:
         traffic = engine.traffic()
@@ -269,7 +294,7 @@ def our_engine(words: Sequence[str], tokens: Tokens) -> Loop:
         (loss, *_) = engine.evaluate([{"tokens": mine[:, :-1], "targets": mine[:, 1:]}]).values()
         return float(loss.sum / loss.count)
 
-    return Loop(step, counted, evaluate, engine.close)
+    return Loop(step, counted, evaluate, engine.close, chosen)
 
 
 def torch_loop(words: Sequence[str], tokens: Tokens) -> Loop:
@@ -331,31 +356,48 @@ def markdown(about: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
         "Median seconds of a step, the slowest rank's; ratio: seconds without a codec / seconds. Bytes: what the host's "
         "network interface sent a step, and what disttrain counted for rings. DiLoCo: mean step of a round.",
     ]
-    trained = any("steps" in run for run in runs)
-    if trained:
+    curves = {(run["hosts"], run["name"]): run["curve"] for run in runs if run["rate"] == CURVE}
+    if curves:
         lines += [
             "",
-            f"Loss: held-out nats a byte after {about['train_s']:g} seconds in steps, and after as many steps "
-            f"as without a codec; AdamW, rate {RATE:g} after {WARM_UP} steps, untuned, one seed.",
+            f"Loss: held-out nats a byte of {HELD_OUT} sequences after {about['curve_steps']} steps, measured without a "
+            "limit, and after as many seconds as the fastest in the table needs for these, from its seconds a step and the "
+            f"curve of losses; AdamW, rate {RATE:g} after {WARM_UP} steps, untuned, one seed.",
         ]
-    for count, rate in dict.fromkeys((run["hosts"], run["rate"]) for run in runs):
+    for count, rate in dict.fromkeys((run["hosts"], run["rate"]) for run in runs if run["rate"] != CURVE):
         here = [run for run in runs if (run["hosts"], run["rate"]) == (count, rate)]
-        base = next((statistics.median(run["seconds"]) for run in here if run["name"] == BASE), None)
+        medians = {run["name"]: statistics.median(run["seconds"]) for run in here}
+        base = medians.get(BASE)
         lines += ["", f"## {count} hosts, {'no limit' if rate == 'off' else rate}", ""]
-        more = " loss at equal tokens | loss at equal time | steps |" if trained else ""
+        learned = {name: dict(curve) for (n, name), curve in curves.items() if n == count and name in medians}
+        more = " loss at equal tokens | loss at equal time |" if learned else ""
         lines.append(f"| codec | s/step | spread | ratio | MB/step sent | MB/step counted |{more}")
         lines.append("| --- | --- | --- | --- | --- | --- |" + " --- |" * more.count("|"))
+        time_s = about["curve_steps"] * min((medians[name] for name in learned), default=0.0)
         for run in here:
-            seconds = run["seconds"]
-            median = statistics.median(seconds)
+            seconds, median = run["seconds"], medians[run["name"]]
             ratio = "-" if base is None else f"{base / median:.2f}"
             counted = f"{run['counted_wire_bytes'] / 1e6:.2f}" if run.get("counted_wire_bytes") else "-"
             spread = f"{min(seconds):.3f} to {max(seconds):.3f} ({len(seconds)})"
             cells = [run["name"], f"{median:.3f}", spread, ratio, f"{run['wire_bytes'] / 1e6:.2f}", counted]
-            if trained:
-                cells += [f"{run['loss_at_tokens']:.3f}", f"{run['loss_at_time']:.3f}", str(run["steps"])]
+            if run["name"] in learned:
+                curve = learned[run["name"]]
+                cells += [f"{curve[max(curve)]:.3f}", f"{at(curve, time_s / median):.3f}"]
+            elif learned:
+                cells += ["-", "-"]
             lines.append(f"| {' | '.join(cells)} |")
+        for run in here:
+            if "chosen" in run:
+                lines += ["", f"auto chose {run['chosen']} in {run['choosing_s']:.1f} s and predicted "
+                              f"{run['predicted_s']:.3f} s a step."]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def at(curve: dict[int, float], step: float) -> float:
+    """The loss at a step of a curve, between two of its points on a straight line."""
+    import numpy as np
+
+    return float(np.interp(step, list(curve), list(curve.values())))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from disttrain import costs, data, engines, hardware, precision
+from disttrain import codec_choice, costs, data, engines, hardware, precision
 from disttrain.config.load import with_values
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
@@ -15,18 +15,24 @@ from disttrain.engines import Engine
 from disttrain.launch import RankInfo
 from disttrain.mesh import Mesh, build_mesh
 from disttrain.metrics import FlopsPerSequence
-from disttrain.parallel import codec_choice, own_model, world
+from disttrain.parallel import own_model, world
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import Groups, make_groups
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
-    """One rank's share of a run, ready to train. `config` is resolved: nothing in it means "default" any more."""
+    """One rank's share of a run, ready to train. `config` is resolved: nothing in it means "default" any more.
+
+    Codec and engine change when `compression.codec=auto` chooses anew: see `choose_again`.
+    """
 
     config: Config
+    asked: Config
+    """The same but for the codec, which may be "auto" here."""
     rank: RankInfo
     mesh: Mesh
+    groups: Groups
     device: torch.device
     data: Data
     engine: Engine
@@ -37,7 +43,7 @@ class Session:
     peak_flops: tuple[float, str] | None
     """Dense peak FLOP/s of one device in the run's precision and where the figure is from; None when unknown."""
     choice: codec_choice.Choice | None = None
-    """What `compression.codec=auto` compared."""
+    """What `compression.codec=auto` compared last."""
 
     @property
     def data_rank(self) -> int:
@@ -80,22 +86,34 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: floa
     corpus = data.open_data(config, prepared)
     world.start(rank, device.type, timeout_s)
     groups = make_groups(mesh, rank.rank, device.type, Traffic())
-    choice = _choose_codec(config, groups, device)
+    choice = None
+    if config.compression.codec == "auto" and groups.coded(config.parallel.zero).size > 1:
+        choice = codec_choice.choose(config, groups, device, chosen, _first_step(config, corpus, mesh, rank))
+    asked = config
     if config.compression.codec == "auto":
         config = with_values(config, {"compression.codec": choice.best.codec if choice else "none"})
     engine = engines.build(config, groups, device, chosen)
     parameters, flops = _size(config)
     name = _device_name(device)
     peak = hardware.peak_flops(name, chosen)
-    return Session(config, rank, mesh, device, corpus, engine, parameters, flops, name, peak, choice)
+    return Session(config, asked, rank, mesh, groups, device, corpus, engine, parameters, flops, name, peak, choice)
 
 
-def _choose_codec(config: Config, groups: Groups, device: torch.device) -> codec_choice.Choice | None:
-    """What `compression.codec=auto` finds; None where it is not asked, or a rank sends nothing to anybody."""
-    group = groups.coded(config.parallel.zero)
-    if config.compression.codec != "auto" or group.size == 1:
-        return None
-    return codec_choice.choose(config, groups, group, device)
+def choose_again(session: Session) -> None:
+    """Choose a codec anew, for the link as it is now, and give the session another engine, in its first state. All ranks
+    call it together."""
+    session.engine.close()
+    config, device = session.asked, session.device
+    chosen = precision.choose(config.precision, device.type)
+    batches = _first_step(config, session.data, session.mesh, session.rank)
+    session.choice = codec_choice.choose(config, session.groups, device, chosen, batches)
+    session.config = with_values(config, {"compression.codec": session.choice.best.codec})
+    session.engine = engines.build(session.config, session.groups, device, chosen)
+
+
+def _first_step(config: Config, corpus: Data, mesh: Mesh, rank: RankInfo) -> list[engines.Batch]:
+    """This rank's micro-batches of the first step."""
+    return list(corpus.micro_batches(0, mesh.data_rank(rank.rank), mesh.data_ranks))
 
 
 def _size(config: Config) -> tuple[int, FlopsPerSequence]:

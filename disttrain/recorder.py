@@ -75,9 +75,10 @@ class Recorder:
         self._emit(record)
         return record["eval_loss"]
 
-    def event(self, name: str, step: int, message: str) -> None:
-        """Write an event: its name, and one sentence for a person."""
-        self._emit({"kind": "event", "event": name, "step": step, "message": message})
+    def event(self, name: str, step: int, message: str, **details: Any) -> None:
+        """Write an event: its name, one sentence for a person, and details (JSON values) for a program."""
+        record = {"kind": "event", "event": name, "step": step, "message": message}
+        self._emit({**record, "details": details} if details else record)
 
     def finish(self, step: int, reason: str) -> None:
         """Write the summary."""
@@ -141,6 +142,7 @@ class Recorder:
                 step=step, losses=losses, learning_rate=learning_rate, grad_norm=norm,
                 gradient_clip_factor=None if limit is None else min(1.0, limit / (norm + 1e-6)),
                 loss_scale=result.loss_scale if self._session.config.precision == "fp16" else None,
+                predicted_step_seconds=choice.best.step_s if (choice := self._session.choice) else None,
                 ranks=readings,
             ))  # fmt: skip
             self._emit(record)

@@ -136,7 +136,7 @@ def _rows(run: Run, last: Record) -> list[tuple[str, str]]:
         ("tokens seen", f"{readable.count(last['tokens_seen'])} in {last['step']} steps"),
         ("time", _time(summary or last)),
         ("tokens per second", _rate(rates, "tokens_per_second", "tokens_per_second_per_rank", run)),
-        ("step time", _step_time(rates)),
+        ("step time", _step_time(rates, last)),
         ("MFU", _mfu(run, rates)),
         *_bubble_row(run, last),
         ("memory, worst rank", _memory(last)),
@@ -183,7 +183,7 @@ def _time(record: Record) -> str:
     text = (
         f"{readable.duration(record['elapsed_seconds'])}, of it {readable.duration(record['train_seconds'])} in steps"
     )
-    for kind in ("evaluation", "checkpoint"):
+    for kind in ("evaluation", "checkpoint", "choosing"):
         if record.get(f"{kind}_seconds"):
             text += f", {readable.duration(record[f'{kind}_seconds'])} {kind}"
     return text
@@ -198,11 +198,13 @@ def _rate(rates: Record, key: str, per_rank: str, run: Run) -> str:
     return f"{readable.count(total)}{each}, mean of {rates['measured_steps']} steps after warm-up"
 
 
-def _step_time(rates: Record) -> str:
+def _step_time(rates: Record, last: Record) -> str:
     if rates["median_step_seconds"] is None:
         return "- (every step was a warm-up step)"
     median, mean = rates["median_step_seconds"], rates["mean_step_seconds"]
-    return f"median {readable.step_time(median)}, mean {readable.step_time(mean)}"
+    predicted = last.get("predicted_step_seconds")
+    expected = f", predicted by compression.codec=auto {readable.step_time(predicted)}" if predicted else ""
+    return f"median {readable.step_time(median)}, mean {readable.step_time(mean)}{expected}"
 
 
 def _mfu(run: Run, rates: Record) -> str:

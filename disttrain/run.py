@@ -57,7 +57,7 @@ def _train(session: Session, folder: Path, interruption: Interruption) -> str:
     if not first:
         return train_from_checkpoint(session, Recorder(session, None), interruption)
     checkpoint.clean(folder / "checkpoints")
-    write_atomically(folder / "config.yaml", dump(session.config))
+    write_atomically(folder / "config.yaml", dump(session.asked))
     if session.config.engine == "deepspeed":
         theirs = deepspeed_config.translate(session.config, session.rank.world_size)
         write_atomically(folder / deepspeed_config.FILE, json.dumps(theirs, indent=1))

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"grad_compression"},
     {"parallel"},
     {"engines"},
-    {"checkpoint", "metrics", "loggers", "report"},
+    {"checkpoint", "metrics", "loggers", "report", "codec_choice"},
     {"assembly", "preflight", "overview", "doctor"},
     {"header", "recorder"},
     {"trainer"},

@@ -12,6 +12,8 @@ READ_BY = {
     "bits": ("qsgd",),
     "rank": ("powersgd",),
     "warm_start": ("powersgd",),
+    "candidates": ("auto",),
+    "look_every": ("auto",),
 }
 """Settings that only some codecs read."""
 

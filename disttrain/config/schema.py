@@ -19,6 +19,10 @@ PipelineSchedule = Literal[
     "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
 ]
 
+CandidateCodec = Literal[
+    "none", "fp16", "bf16", "int8", "int4", "qsgd", "topk", "randomk", "threshold", "sign", "powersgd"
+]
+"""What `compression.codec=auto` can choose."""
 GradientCodec = Literal[
     "none", "auto", "fp16", "bf16", "int8", "int4", "qsgd", "topk", "randomk", "threshold", "sign", "powersgd",
     "onebit_adam", "onebit_lamb",
@@ -227,7 +231,11 @@ class CompressionConfig(Section):
 
     codec: GradientCodec = "none"
     """How gradients are coded on the wire (`disttrain.grad_compression.codecs` names the papers). auto measures the link and
-    the codecs when a run starts or goes on, and says what it takes and why."""
+    rehearses the candidates when a run starts or goes on, and says what it takes and why."""
+    candidates: Annotated[list[CandidateCodec], Field(min_length=1)] = ["bf16", "int8", "int4", "powersgd"]
+    """What auto compares beside none, the best liked first: of those that are as fast as the fastest it takes the first."""
+    look_every: NonNegative = 100
+    """Steps between looks at the link by auto, which chooses anew when it is twice as fast or half as fast; 0: no looks."""
     error_feedback: bool | None = None
     """Add what a code has lost to the next step's gradient. When not given: off for fp16, bf16, int8 and qsgd, which lose
     rounding errors only, on for the others."""

@@ -31,12 +31,13 @@ from disttrain.precision import LossScale, autocast, master_dtype
 class NativeEngine:
     """One optimizer step with torch alone. `precision` is resolved, never "auto". All ranks make theirs together.
 
-    A `reduction` sums gradients over the data ranks, and updates, in place of DDP and of the optimizer's own step.
+    A `reduction` sums gradients over the data ranks, and updates, in place of DDP and of the optimizer's own step. A
+    `compressor` sums them in place of one that the config describes.
     """
 
     def __init__(
         self, config: Config, groups: Groups, device: torch.device, precision: Precision,
-        reduction: Reduction | None = None,
+        reduction: Reduction | None = None, compressor: Compressor | None = None,
     ):  # fmt: skip
         self.config, self.groups, self.device = config, groups, device
         self.precision: Precision = precision
@@ -45,7 +46,7 @@ class NativeEngine:
         self._workers = link = groups.coded(config.parallel.zero)
         if config.outer.overlap:
             link = beside(groups, config.parallel.zero)
-        self._compressor = _make_compressor(config, link)
+        self._compressor = compressor or _make_compressor(config, link)
         summed = reduction is None and not apart
         self.chunks = parallelize(config, groups, device, precision, summed, self._compressor, apart)
         self.parameters = [p for chunk in self.chunks for p in chunk.parameters if p.parameter.requires_grad]
@@ -61,6 +62,8 @@ class NativeEngine:
         if apart:
             state = self.optimizer.state
             self._outer = OuterSteps(config.outer, self.parameters, groups, link, self._compressor, state)
+        self._late: dict[str, Tensor] = {}
+        """What a codec of before has left behind: a part of the next step's gradient."""
         self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
         self._settled = not any(isinstance(chunk.module, DistributedDataParallel) for chunk in self.chunks)
         self.watch: Callable[[Moment], None] | None = None
@@ -96,13 +99,15 @@ class NativeEngine:
         if self._reduction is not None:
             self._reduction.complete()
         reduced = self._pipeline is None and not self.config.parallel.zero
-        gradients.complete(self.parameters, self.groups, self._model.tied, reduced, coder, self._inner)
+        late = self._late, self.scale.value
+        gradients.complete(self.parameters, self.groups, self._model.tied, reduced, coder, self._inner, *late)
         self._tell("reduced")
         scale = self.scale.value
         norm, skipped = self._unscale_and_clip()
         self._tell("clipped")
         if not skipped:
             self._update(step, learning_rate)
+            self._late = {}
             if coder is not None:
                 coder.keep()
         for p in self.parameters:
@@ -304,13 +309,14 @@ class NativeEngine:
     def load_state_dict(self, state: State) -> None:
         """Take over what `to_fill` gave, filled, also where its tensors are the engine's very own."""
         self.scale = LossScale(**state["engine"]["loss_scale"])
-        self._state.take(state, state["engine"].get("outer_arrives", []))
+        self._late = self._state.take(state, state["engine"].get("outer_arrives", []))
 
     @property
     def _state(self) -> NativeState:
         return NativeState(
-            self.parameters, self.optimizer, self._compressor, self._outer, self._tied, self.groups, self.device.type
-        )
+            self.parameters, self.optimizer, self._compressor, self._workers, self._outer, self._tied, self.groups,
+            self.device.type, self._late,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Let go of DDP while the process group still lives; the engine cannot step after this.

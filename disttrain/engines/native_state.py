@@ -1,7 +1,7 @@
 """What the native engine has in checkpoints: weights, moments, residuals and outer steps, by parameter name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from disttrain.engines import Saved, State
 from disttrain.grad_compression.compressor import Compressor
 from disttrain.optim import OneBitAdamW, OneBitLamb, no_moments
 from disttrain.parallel import compression_state, sharding
-from disttrain.parallel.groups import Groups
+from disttrain.parallel.groups import Group, Groups
 from disttrain.parallel.outer import OuterSteps
 from disttrain.parallel.sharding import LocalParameter
 
@@ -22,10 +22,14 @@ class NativeState:
     parameters: list[LocalParameter]
     optimizer: torch.optim.Optimizer
     compressor: Compressor | None
+    link: Group
+    """The ranks between which gradients, or changes, are coded, if they are."""
     outer: OuterSteps | None
     tied: Mapping[str, str]
     groups: Groups
     device_type: str
+    late: dict[str, Tensor] = field(default_factory=dict)
+    """What an earlier run's codec had left behind and no step has used yet, where nothing is coded any more."""
 
     def tensors(self) -> State:
         """For a checkpoint: each tensor knows its place in the whole."""
@@ -49,6 +53,8 @@ class NativeState:
             found["outer"] = self.outer.saved_state(mesh)  # waits for residuals on its thread, too
         if self.compressor is not None:
             found["compression"] = compression_state.saved_state(self.parameters, self.compressor, self.groups, mesh)
+        elif self.late:
+            found["compression"] = compression_state.saved_late(self.late, self.parameters, mesh)
         return found
 
     def to_fill(self, saved: Saved) -> State:
@@ -59,14 +65,17 @@ class NativeState:
             state["outer"] = self.outer.to_fill(saved(), mesh)
         if isinstance(self.optimizer, OneBitAdamW | OneBitLamb):
             compression_state.add_frozen(state["optimizer"], saved(), self.parameters, self.optimizer.MORE, mesh)
-        if self.compressor is not None:
+        changes = any(name.startswith("outer.") for name in saved())  # what was coded, and not gradients
+        if changes == (self.outer is not None):
             state["compression"] = compression_state.to_fill(
-                saved(), self.parameters, self.compressor, self.tied, self.groups, mesh
+                saved(), self.parameters, self.compressor, self.link, self.tied, self.groups, mesh
             )
+        else:
+            state.pop("compression", None)
         return state
 
-    def take(self, state: State, outer_arrives: Sequence[int]) -> None:
-        """Go on from what `to_fill` gave, filled."""
+    def take(self, state: State, outer_arrives: Sequence[int]) -> dict[str, Tensor]:
+        """Go on from what `to_fill` gave, filled; what is to be `late` from now on."""
         with torch.no_grad():
             for p in self.parameters:
                 name = p.shard.tied_to or p.shard.name
@@ -77,6 +86,9 @@ class NativeState:
                 self.optimizer.state[p.master] = saved
         if self.outer is not None:
             self.outer.take(state.get("outer", {}), outer_arrives)
+        found = state.get("compression", {})
         if self.compressor is not None:
-            found = state.get("compression", {})
-            compression_state.take(found, self.parameters, self.compressor, self.tied, self.groups)
+            compression_state.take(found, self.parameters, self.compressor, self.link, self.tied, self.groups)
+        elif self.outer is None:
+            return compression_state.take_late(found, self.parameters, self.link, self.tied, self.groups)
+        return {}

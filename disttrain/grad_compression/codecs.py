@@ -42,6 +42,11 @@ class Codec(Protocol):
         """Whether the code of n elements has nbytes(n) whatever they are, so that nobody need be told."""
         ...
 
+    @property
+    def added(self) -> torch.dtype | None:
+        """As numbers of which type codes can be added on the way, where the errors of that are not fed back."""
+        ...
+
     def nbytes(self, n: int) -> int:
         """Bytes of the code of n elements; the most it can be where it is not `fixed`."""
         ...
@@ -60,13 +65,18 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Cast:
-    """Half precision: half the bytes. Added in full precision, since half would lose what nobody could feed back."""
+    """Half precision: half the bytes. Added on the way, or, where errors are fed back, in full precision."""
 
     dtype: torch.dtype
     carried: Carried = "exchange"
     unbiased: bool = False
     block: int = 1
     fixed: bool = True
+
+    @property
+    def added(self) -> torch.dtype:
+        """The type itself."""
+        return self.dtype
 
     def nbytes(self, n: int) -> int:
         """Two bytes an element."""
@@ -96,6 +106,7 @@ class RandomK:
     carried: Carried = "sum"
     block: int = 1
     fixed: bool = True
+    added = None
 
     def nbytes(self, n: int) -> int:
         """Four bytes a value that is sent, in float32."""
@@ -140,6 +151,7 @@ class Quantiser:
     block: int = 256
     carried: Carried = "exchange"
     fixed: bool = True
+    added = None
 
     @property
     def levels(self) -> int:
@@ -185,6 +197,7 @@ class Sign:
     carried: Carried = "exchange"
     unbiased: bool = False
     fixed: bool = True
+    added = None
 
     def nbytes(self, n: int) -> int:
         """One bit an element, and four bytes a block."""

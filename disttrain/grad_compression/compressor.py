@@ -27,10 +27,8 @@ class Compressor:
     """
 
     def __init__(self, config: CompressionConfig, link: Link, seed: int):
-        self.link, self._config, self._seed = link, config, seed
-        self.low_rank = PowerSGD(config.rank, config.warm_start) if config.codec == "powersgd" else None
-        self.codec = None if self.low_rank else CODECS[config.codec](config)
-        self.feedback = config.feeds_back
+        self.link, self._seed = link, seed
+        self._shapes: Mapping[str, torch.Size] = {}
         self.coded: dict[str, torch.Size] = {}
         """Local shapes of the parameters that are coded, by name; others travel whole."""
         self.residual: dict[str, Tensor] = {}
@@ -42,16 +40,27 @@ class Compressor:
         self._spent: set[str] = set()
         self._step, self._calls, self._scale, self._may_skip = 0, 0, 1.0, True
         self._known: Known = {}
+        self.use(config)
+
+    def use(self, config: CompressionConfig) -> None:
+        """Code as these settings say, of which "none" codes nothing. Nothing was left behind yet."""
+        self._config, self.feedback = config, config.feeds_back
+        self.low_rank = PowerSGD(config.rank, config.warm_start) if config.codec == "powersgd" else None
+        self.codec = CODECS[config.codec](config) if config.codec in CODECS else None
+        self.residual, self.factor, self.coded = {}, {}, self._chosen()
 
     def cover(self, shapes: Mapping[str, torch.Size], copied: Iterable[str]) -> None:
         """Decide which parameters of these local shapes are coded. Of those in `copied` other ranks hold copies that must
         stay equal to this rank's although their gradients go another way."""
         left_out = set(copied)
-        for name, shape in shapes.items():
-            if name in left_out or not may_be_coded(self._config, name, shape):
-                continue
-            if self.nbytes(shape) < 4 * shape.numel():
-                self.coded[name] = shape
+        self._shapes = {**self._shapes, **{name: shape for name, shape in shapes.items() if name not in left_out}}
+        self.coded = self._chosen()
+
+    def _chosen(self) -> dict[str, torch.Size]:
+        return {} if self._config.codec == "none" else {
+            name: shape for name, shape in self._shapes.items()
+            if may_be_coded(self._config, name, shape) and self.nbytes(shape) < 4 * shape.numel()
+        }  # fmt: skip
 
     def nbytes(self, shape: torch.Size) -> int:
         """Bytes of the code of a parameter."""

@@ -19,6 +19,7 @@ class TopK:
     unbiased: bool = False
     block: int = 1
     fixed: bool = True
+    added = None
 
     def count(self, n: int) -> int:
         """How many of n values are sent."""
@@ -49,6 +50,7 @@ class Threshold:
     unbiased: bool = False
     block: int = 1
     fixed: bool = False
+    added = None
 
     def nbytes(self, n: int) -> int:
         """At most: four bytes a place and two (bfloat16) a value."""

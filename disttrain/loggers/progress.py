@@ -84,6 +84,8 @@ class Progress:
             return
         yield readable.count(record["tokens_per_second"]), "tokens/s"
         yield readable.step_time(record["step_seconds"]), "a step"
+        if record.get("predicted_step_seconds") is not None:
+            yield readable.step_time(record["predicted_step_seconds"]), "predicted"
         if record["mfu_causal"] is not None:
             yield readable.percent(record["mfu_causal"]), "MFU"
 

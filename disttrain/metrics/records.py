@@ -27,6 +27,8 @@ class StepReading:
     """What the gradient was multiplied with; None where nothing is clipped."""
     loss_scale: float | None = None
     """Loss scale of this step; None without one."""
+    predicted_step_seconds: float | None = None
+    """What a step was expected to take; None where nothing was expected."""
     ranks: Sequence[RankReading] = field(default_factory=tuple)
     """One reading of every rank."""
 
@@ -86,6 +88,7 @@ class Metrics:
             "loss_scale": reading.loss_scale,
             "skipped_steps": self.throughput.skipped_steps,
             **timing,
+            "predicted_step_seconds": reading.predicted_step_seconds,
             **flop_rates(timing["sequences_per_second"], self._ranks, self._flops, self._peak),
             **reduce_ranks(reading.ranks or [RankReading(0)], interval.steps),
             "pipeline_bubble_fraction_theory": self._bubble_theory,

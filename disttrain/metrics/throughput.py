@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-EXCLUDED = ("evaluation", "checkpoint", "logging")
+EXCLUDED = ("evaluation", "checkpoint", "logging", "choosing")
 """Kinds of blocks that are no training."""
 
 

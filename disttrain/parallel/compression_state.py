@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from disttrain.grad_compression.compressor import Compressor
-from disttrain.parallel.groups import Groups
+from disttrain.parallel.collectives import gather_objects, reduce_over
+from disttrain.parallel.groups import Group, Groups
 from disttrain.parallel.sharding import LocalParameter, Shard, as_whole, local
 
 State = dict[str, Tensor]
@@ -33,20 +34,20 @@ def saved_state(parameters: list[LocalParameter], compressor: Compressor, groups
 
 
 def to_fill(
-    saved: Saved, parameters: list[LocalParameter], compressor: Compressor, tied: Mapping[str, str], groups: Groups,
-    mesh: DeviceMesh,
+    saved: Saved, parameters: list[LocalParameter], compressor: Compressor | None, link: Group, tied: Mapping[str, str],
+    groups: Groups, mesh: DeviceMesh,
 ) -> State:  # fmt: skip
-    """Tensors for what this rank takes from a checkpoint, to be filled."""
+    """Tensors for what this rank of a link takes from a checkpoint, to be filled."""
     state: State = {}
     gone = _gone(tied, groups)
     for p in parameters:
         shard = p.shard.in_link(groups)
         empty = torch.zeros(shard.local_shape, dtype=p.master.dtype, device=p.master.device)
         if empty.numel():
-            for key in _terms(saved, p.shard, compressor, gone):
+            for key in _terms(saved, p.shard, link, gone):
                 state[key] = as_whole(shard, empty.clone(), mesh)
         key = _factor(shard)
-        if compressor.low_rank is not None and empty.ndim > 1:
+        if compressor is not None and compressor.low_rank is not None and empty.ndim > 1:
             shape = empty.shape[1:].numel(), min(compressor.low_rank.rank, *empty.shape)
             if tuple(saved.get(_PREFIX + key, ())) == shape:
                 state[key] = empty.new_zeros(shape)
@@ -54,18 +55,57 @@ def to_fill(
 
 
 def take(
-    state: State, parameters: list[LocalParameter], compressor: Compressor, tied: Mapping[str, str], groups: Groups
-) -> None:
+    state: State, parameters: list[LocalParameter], compressor: Compressor, link: Group, tied: Mapping[str, str],
+    groups: Groups,
+) -> None:  # fmt: skip
     """Go on from what `to_fill` had filled."""
-    compressor.residual, compressor.factor = {}, {}
+    compressor.residual = _residuals(state, parameters, link, tied, groups)
+    compressor.factor = {}
+    for p in parameters:
+        if (factor := state.get(_factor(p.shard.in_link(groups)))) is not None:
+            compressor.factor[p.shard.name] = factor
+
+
+def take_late(
+    state: State, parameters: list[LocalParameter], link: Group, tied: Mapping[str, str], groups: Groups
+) -> State:
+    """What `to_fill` had filled, summed over the link, this rank's part of each parameter: for an engine that sums
+    gradients whole from now on. All ranks call it together."""
+    own = _residuals(state, parameters, link, tied, groups)
+    held = set().union(*gather_objects(sorted(own)))
+    late: State = {}
+    for p in parameters:
+        if p.shard.name not in held:
+            continue
+        shape = p.shard.in_link(groups).local_shape
+        total = own.get(p.shard.name, torch.zeros(shape, dtype=p.master.dtype, device=p.master.device))
+        whole = reduce_over(link, total.contiguous())
+        starts = [s.start for s in p.shard.in_link(groups).slices]
+        here = tuple(slice(s.start - start, s.stop - start) for s, start in zip(p.shard.slices, starts, strict=True))
+        late[p.shard.name] = whole[here].clone()
+    return late
+
+
+def saved_late(late: State, parameters: list[LocalParameter], mesh: DeviceMesh) -> State:
+    """The same for a checkpoint that is written before a step has used it: one rank's residuals."""
+    return {
+        f"residual.0.{p.shard.name}": as_whole(p.shard, late[p.shard.name], mesh)
+        for p in parameters
+        if p.shard.name in late and p.master.numel()
+    }
+
+
+def _residuals(
+    state: State, parameters: list[LocalParameter], link: Group, tied: Mapping[str, str], groups: Groups
+) -> State:
+    """By parameter, what this rank of the link takes over."""
+    found: State = {}
     saved, gone = {_PREFIX + key: value.shape for key, value in state.items()}, _gone(tied, groups)
     for p in parameters:
-        name, shard = p.shard.name, p.shard.in_link(groups)
-        for key in _terms(saved, p.shard, compressor, gone):
-            term = local(state[key])
-            compressor.residual[name] = compressor.residual[name] + term if name in compressor.residual else term
-        if (factor := state.get(_factor(shard))) is not None:
-            compressor.factor[name] = factor
+        for key in _terms(saved, p.shard, link, gone):
+            term, name = local(state[key]), p.shard.name
+            found[name] = found[name] + term if name in found else term
+    return found
 
 
 def add_frozen(
@@ -89,10 +129,9 @@ def _gone(tied: Mapping[str, str], groups: Groups) -> Mapping[str, str]:
     return tied if groups.pipeline.size == 1 else {}
 
 
-def _terms(saved: Saved, shard: Shard, compressor: Compressor, gone: Mapping[str, str]) -> Iterator[str]:
+def _terms(saved: Saved, shard: Shard, link: Group, gone: Mapping[str, str]) -> Iterator[str]:
     """Names of the residuals that belong to a parameter of this rank, those of tied copies that are gone too."""
     names = {shard.name, *(copy for copy, source in gone.items() if source == shard.name)}
-    link = compressor.link
     for name in sorted(saved):
         kind, _, rest = name.removeprefix(_PREFIX).partition(".")
         rank, _, parameter = rest.partition(".")

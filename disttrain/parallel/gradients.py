@@ -48,11 +48,12 @@ def sum_tied(parameters: list[LocalParameter], tied: Mapping[str, str], groups: 
 
 def complete(
     parameters: list[LocalParameter], groups: Groups, tied: Mapping[str, str], reduced: bool,
-    compressor: Compressor | None = None, data: Group | None = None,
+    compressor: Compressor | None = None, data: Group | None = None, late: Mapping[str, Tensor] | None = None,
+    scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Sum what neither DDP nor FSDP2 has summed: all plain gradients over the data ranks (or `data`) unless `reduced`, those
     of norms and biases that saw some positions only over the tensor ranks, and the two of a weight on two stages. A
-    `compressor` sums whole gradients, and sharded ones over the replicas."""
+    `compressor` sums whole gradients, and sharded ones over the replicas. What comes `late`, `scale` times, is added."""
     plain = [p for p in parameters if p.gradient is not None and not isinstance(p.parameter, DTensor)]
     sharded = [p for p in parameters if p.gradient is not None and isinstance(p.parameter, DTensor)]
     if compressor is None or sharded:  # ZeRO leaves nothing plain but norms
@@ -62,6 +63,9 @@ def complete(
     if compressor is not None and sharded and groups.mesh.replicate > 1:
         compressor.sum_([(p.shard.name, g) for p in sharded if (g := p.gradient) is not None])
     sum_over(groups.tensor, _present(p for p in parameters if p.shard.partial))
+    for p in parameters if late else ():
+        if late and p.shard.name in late and (gradient := p.gradient) is not None:
+            gradient.add_(late[p.shard.name], alpha=scale)
     sum_tied(parameters, tied, groups)
 
 

@@ -236,6 +236,57 @@ def test_residuals_reach_another_layout(tmp_path: Path, before: str, after: str)
         torch.testing.assert_close(loaded[name], late[name], rtol=0, atol=1e-12)
 
 
+def go_on_without(rank: int, config: Config, world: int, path: Path) -> dict:
+    """What a run without a codec takes over, what it saves before it has used it, and what it makes of it."""
+
+    def loaded(path: Path) -> NativeEngine:
+        engine = make_engine(config, rank, world)
+        state = engine.to_fill(lambda: checkpoint.shapes(path))
+        trainer = checkpoint.load(path, state)
+        engine.load_state_dict({**state, "engine": trainer["engine"]})
+        return engine
+
+    def whole(engine: NativeEngine) -> dict[str, torch.Tensor]:
+        held = [(p.shard, engine._late.get(p.shard.name, torch.zeros_like(p.master))) for p in engine.parameters]
+        gathering = Gathering(held, engine.groups)
+        return gathering.bring(None, {"late": gathering.flat(held)}, {}).whole.get("late", {})
+
+    engine = loaded(path)
+    found = {"late": whole(engine)}
+    state = engine.state_dict()
+    again = checkpoint.save(path.parent, 4, state, {"step": 4, "engine": state.pop("engine")}, keep=2)
+    engine = loaded(Path(again))
+    found["saved"] = whole(engine)
+    gradients: list[dict[str, torch.Tensor]] = []
+    for late in (engine._late, {}):
+        engine._late = late
+        engine.watch = lambda moment: gradients.append(gathered(engine, "gradient")) if moment == "reduced" else None
+        advance(engine, config, rank, range(4, 5), rate=0.0)
+    found["with"], found["without"] = gradients
+    found["left"] = sorted(engine._late)
+    return found
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("dp4", "dp2"), ("dp2", "one"), ("dp2", "dp4"), ("dp4", "dp2.zero2.mb2"), ("dp2.zero1", "tp2.dp2"),
+    ("tp2.dp2.zero2", "dp3.zero3"), ("dp4", "dp4.zero2.rep2.mb1"), ("pp2.dp2.tied", "dp2"), ("dp2", "pp2.dp2.tied"),
+])  # fmt: skip
+def test_residuals_reach_the_first_step_without_a_codec(tmp_path: Path, before: str, after: str) -> None:
+    layouts = {**LAYOUTS, "pp2.dp2.tied": TIED, "one": (1, {})}
+    (world, values), (later_world, later_values) = layouts[before], layouts[after]
+    config = coded("topk", **{**values, "compression.error_feedback": True})
+    _, late = run_ranks(save_and_go_on, world, config, world, tmp_path)[0]
+    without = config_for("gpt", **later_values)
+    found = run_ranks(go_on_without, later_world, without, later_world, tmp_path / "step_00000003")[0]
+    names = late.keys() if "tied" not in before + after else late.keys() - {"embed.tokens.weight"}
+    assert sum(float(late[name].abs().sum()) for name in names) > 0
+    assert found["left"] == []
+    for name in names:
+        torch.testing.assert_close(found["late"][name], late[name], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found["saved"][name], late[name], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found["with"][name], found["without"][name] + late[name], rtol=0, atol=1e-12)
+
+
 def overflowing(rank: int, config: Config, world: int) -> dict:
     engine = make_engine(config, rank, world)
     advance(engine, config, rank, range(1, 3))

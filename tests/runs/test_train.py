@@ -268,6 +268,9 @@ def test_auto_shows_what_it_compared_and_trains_with_it(workplace: Workplace) ->
     assert event["message"] in " ".join(done.stdout.split())
     candidates = {each["codec"]: each for each in event["details"]["candidates"]}
     taken = workplace.records("run", "header")[0]["config"]["compression"]["codec"]
-    assert taken == min(candidates, key=lambda name: candidates[name]["coding_s"] + candidates[name]["link_s"])
+    assert candidates[taken]["step_s"] <= 1.03 * min(each["step_s"] for each in candidates.values())
+    step = workplace.records("run", "step")[-1]
+    assert step["predicted_step_seconds"] == candidates[taken]["step_s"]
+    assert "predicted" in done.stdout
     alone = workplace.run("train", "run.yaml", "compression.codec=auto", "run.name=alone")
     assert "codec" not in alone.stdout

@@ -6,16 +6,17 @@ from typing import get_args
 import pytest
 import torch
 
+from disttrain.codec_choice import RehearsedLink, Speed
 from disttrain.config.schema import CompressionConfig, GradientCodec
 from disttrain.grad_compression import carriage
 from disttrain.grad_compression.codecs import CODECS, Codec
 from disttrain.grad_compression.link import Arrival
 from disttrain.grad_compression.packing import pack, unpack
 from disttrain.grad_compression.sparse import Threshold, largest
-from disttrain.parallel.codec_choice import CountingLink
 
 NAMES = [name for name in get_args(GradientCodec) if name not in ("none", "auto", "powersgd")]
 ROWS, N = 3, 2048
+SPEED = Speed(1e-3, 1e6)
 
 
 def codec_of(name: str, **values) -> Codec:
@@ -176,7 +177,7 @@ def test_the_largest_are_those_of_topk(values: str, n: int) -> None:
 
 @pytest.mark.parametrize(("name", "messages"), [("topk", 1), ("threshold", 2)])
 def test_lengths_are_sent_where_they_differ_only(name: str, messages: int) -> None:
-    link, codec = CountingLink(2, 0), codec_of(name)
+    link, codec = RehearsedLink(2, 0, SPEED, torch.device("cpu")), codec_of(name)
     vectors = [rows(seed)[0] for seed in range(3)]
     sums, _ = carriage.carry(codec, vectors, link, _unused, _unused, lost=False)
     assert link.latencies == messages
@@ -188,11 +189,11 @@ def _unused(number: int) -> torch.Generator:
     return torch.Generator()
 
 
-class Lagging(CountingLink):
+class Lagging(RehearsedLink):
     """A link to oneself and nobody else on which what was sent comes when it is asked for, and not before."""
 
     def __init__(self) -> None:
-        super().__init__(1, 0)
+        super().__init__(1, 0, SPEED, torch.device("cpu"))
         self.sent: list[str] = []
 
     def gather(self, tensor: torch.Tensor) -> Arrival:
@@ -212,10 +213,19 @@ class Lagging(CountingLink):
         return arrive
 
 
+def test_halves_are_added_on_the_way_where_nothing_is_fed_back() -> None:
+    x = torch.randn(700, generator=torch.Generator().manual_seed(1))
+    for lost, messages in ((False, 1), (True, 2)):
+        link = RehearsedLink(1, 0, SPEED, torch.device("cpu"))
+        (sum_,), _ = carriage.carry(codec_of("bf16"), [x.clone()], link, _unused, _unused, lost)
+        assert torch.equal(sum_, x.bfloat16().float())
+        assert link.latencies == messages
+
+
 def test_one_piece_travels_while_the_next_is_coded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carriage, "PIECE_BYTES", 2 * 256)
     link, x = Lagging(), torch.randn(700, generator=torch.Generator().manual_seed(1))
-    (sum_,), _ = carriage.carry(codec_of("bf16"), [x.clone()], link, _unused, _unused, lost=False)
+    (sum_,), _ = carriage.carry(codec_of("bf16"), [x.clone()], link, _unused, _unused, lost=True)
     assert torch.equal(sum_, x.bfloat16().float())
     assert link.sent == [
         "exchange 0",
@@ -235,6 +245,8 @@ def test_pieces_lose_what_comes_later(name: str, monkeypatch: pytest.MonkeyPatch
     def drawn(number: int) -> torch.Generator:
         return torch.Generator().manual_seed(number + 10)
 
-    sums, lost = carriage.carry(codec, list(x.clone()), CountingLink(1, 0), drawn, drawn, lost=True)
+    sums, lost = carriage.carry(
+        codec, list(x.clone()), RehearsedLink(1, 0, SPEED, torch.device("cpu")), drawn, drawn, lost=True
+    )
     for sum_, left, row in zip(sums, lost, x, strict=True):
         torch.testing.assert_close(sum_ + left, row, rtol=0, atol=1e-12)

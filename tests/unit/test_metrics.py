@@ -99,7 +99,7 @@ def test_excluded_blocks_are_in_elapsed_time_and_in_no_step_inside_or_outside_it
     meter.pause("checkpoint")
     clock.pass_(64.0)
     meter.resume()
-    assert meter.excluded_seconds == {"evaluation": 32.0, "checkpoint": 64.0, "logging": 12.0}
+    assert meter.excluded_seconds == {"evaluation": 32.0, "checkpoint": 64.0, "logging": 12.0, "choosing": 0.0}
     assert meter.train_seconds == 2.0
     assert meter.elapsed_seconds == 2.0 + 32 + 64 + 12
     assert rates(meter.interval(), 1)["tokens_per_second"] == 2.0
