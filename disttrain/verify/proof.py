@@ -16,7 +16,7 @@ from disttrain.verify.compare import Difference, first_of
 from disttrain.verify.findings import Finding, explain
 from disttrain.verify.layouts import Layout
 from disttrain.verify.plan import HUNG, OVERFLOW, config_hash
-from disttrain.verify.ranks import RanksFailed, run_ranks
+from disttrain.verify.ranks import Ranks, RanksFailed, run_ranks
 from disttrain.verify.records import Reference
 from disttrain.verify.tolerance import FLOOR_MICRO_BATCHES, Exactly, Key, Measuring, Noise, Tolerance
 from disttrain.verify.trace import Comparison, Plant, compare, record
@@ -56,6 +56,9 @@ class Proof:
     """Seconds a layout may take; from the reference's time when not given."""
     _references: dict[str, tuple[Config, Reference, Tolerance]] = field(default_factory=dict)
     _folder: Path | None = None
+    _ranks: Ranks | None = None
+    """They know the reference `_known`."""
+    _known: Reference | None = None
 
     def __enter__(self) -> "Proof":
         """Make room for checkpoints."""
@@ -64,6 +67,8 @@ class Proof:
 
     def __exit__(self, *error: object) -> None:
         """Remove them, and the references whose checkpoints they hold."""
+        if self._ranks is not None:
+            self._ranks.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._references.clear()
 
@@ -138,12 +143,28 @@ class Proof:
         patience = self.timeout_s or 90 + 60 * reference.seconds * max(1.0, layout.world / cores)
         patience += COMPILING_S if layout.compile else 0.0
         try:
-            return run_ranks(
+            if plant is None and layout.engine == "native" and not layout.compile:
+                ranks = self._knowing(reference)
+                return ranks.run(layout.world, applied, folder, tolerance, until, timeout_s=patience)[0]
+            return run_ranks(  # what may leave traces in a process has one of its own
                 compare, layout.world, applied, self.precision, self.batches, reference, folder, tolerance,
                 self.overflows, plant, until, timeout_s=patience,
             )[0]  # fmt: skip
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _knowing(self, reference: Reference) -> Ranks:
+        """Ranks for one layout after another that is compared with this reference."""
+        if self._ranks is None or self._known is not reference:
+            if self._ranks is not None:
+                self._ranks.close()
+            kept = self.precision, self.batches, reference
+            self._known, self._ranks = reference, Ranks(
+                lambda rank, config, folder, tolerance, until: compare(
+                    rank, config, *kept, folder, tolerance, self.overflows, None, until
+                )
+            )  # fmt: skip
+        return self._ranks
 
 
 def clip_threshold(probe: Reference) -> float:

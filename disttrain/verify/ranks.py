@@ -9,8 +9,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -59,48 +61,94 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     Arguments reach the ranks through the fork, so large ones cost nothing. The caller must not have computed on
     several threads before. Raises RanksFailed when a rank raises, dies, or does not return within `timeout_s` seconds.
     """
-    context = get_context("fork")
-    with tempfile.TemporaryDirectory(prefix="disttrain-ranks-") as name:
-        folder = Path(name)
-        processes = [
-            context.Process(target=_rank, args=(fn, rank, world_size, folder, os.getpid(), timeout_s, args))
-            for rank in range(world_size)
-        ]
-        waiting: dict[int, str] = {}
-        try:
-            for process in processes:
-                process.start()
-            waiting = _wait(processes, folder, timeout_s)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-        outcomes = [_read(folder / f"rank{rank}") for rank in range(world_size)]
-    failed = sorted((o[0], rank, o[1]) for rank, o in enumerate(outcomes) if o is not None and o[0] > 0)
-    died = {
-        rank: processes[rank].exitcode or 0
-        for rank, outcome in enumerate(outcomes)
-        if outcome is None and rank not in waiting
-    }
-    if failed or died or waiting:
-        raise RanksFailed(world_size, {rank: text for _, rank, text in failed}, died, waiting)
-    return [outcome[1] for outcome in outcomes if outcome is not None]
+    with Ranks(lambda rank: fn(rank, *args)) as ranks:
+        return ranks.run(world_size, timeout_s=timeout_s)
 
 
-def _wait(processes: Sequence[BaseProcess], folder: Path, timeout_s: float) -> dict[int, str]:
-    """Wait for the ranks; of those that have not ended in time, where each was."""
+class Ranks:
+    """Processes that wait to be the ranks of one world after another, which spares forking and first times.
+
+    They call ``fn(rank, *args)`` of a function that reached them through the fork, with everything that it knows.
+    """
+
+    def __init__(self, fn: Callable[..., Any]):
+        self._fn = fn
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, world_size: int, *args: Any, timeout_s: float) -> list[Any]:
+        """What each rank of a world gave, in order of rank. `args` are pickled. Raises RanksFailed as `run_ranks` does;
+        the processes are other ones after that."""
+        self._start(world_size)
+        workers = self._workers[:world_size]
+        with tempfile.TemporaryDirectory(prefix="disttrain-ranks-") as name:
+            folder = Path(name)
+            try:
+                for rank, (_, connection) in enumerate(workers):
+                    connection.send((rank, world_size, folder, timeout_s, args))
+                waiting = _wait(workers, folder, timeout_s)
+                outcomes = [_read(folder / f"rank{rank}") for rank in range(world_size)]
+                if waiting or any(outcome is None or outcome[0] for outcome in outcomes):
+                    self.close()  # waits for exit codes
+            except BaseException:
+                self.close()
+                raise
+        failed = sorted((o[0], rank, o[1]) for rank, o in enumerate(outcomes) if o is not None and o[0] > 0)
+        died = {
+            rank: workers[rank][0].exitcode or 0
+            for rank, outcome in enumerate(outcomes)
+            if outcome is None and rank not in waiting
+        }
+        if failed or died or waiting:
+            raise RanksFailed(world_size, {rank: text for _, rank, text in failed}, died, waiting)
+        return [outcome[1] for outcome in outcomes if outcome is not None]
+
+    def close(self) -> None:
+        """End them."""
+        for process, connection in self._workers:
+            if process.is_alive():
+                process.kill()
+            process.join()
+            connection.close()
+        self._workers = []
+
+    def _start(self, world_size: int) -> None:
+        context = get_context("fork")
+        while len(self._workers) < world_size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(self._fn, theirs, os.getpid()))
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+
+def _wait(workers: Sequence[tuple[BaseProcess, Connection]], folder: Path, timeout_s: float) -> dict[int, str]:
+    """Wait for the ranks; of those that have not returned in time, where each was."""
     deadline, failed = time.monotonic() + timeout_s, False
-    while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
-        if not failed and any(p.exitcode not in (None, 0) for p in processes):
-            failed, deadline = True, min(deadline, time.monotonic() + AFTER_A_FAILURE_S)
-        time.sleep(0.01)
-    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for rank in late:
-        os.kill(processes[rank].pid or 0, signal.SIGUSR1)  # writes its stack
-    if late:
+    pending = dict(enumerate(workers))
+    while pending and (patience := deadline - time.monotonic()) > 0:
+        wait([end for process, connection in pending.values() for end in (connection, process.sentinel)], patience)
+        for rank, (process, connection) in list(pending.items()):
+            if connection.poll():
+                with suppress(EOFError):
+                    good = connection.recv()
+                    del pending[rank]
+                    failed |= not good
+            if rank in pending and not process.is_alive():
+                del pending[rank]
+                failed = True
+        if failed:
+            failed, deadline = False, min(deadline, time.monotonic() + AFTER_A_FAILURE_S)
+    for process, _ in pending.values():
+        os.kill(process.pid or 0, signal.SIGUSR1)  # writes its stack
+    if pending:
         time.sleep(0.2)
-    return {rank: _place(folder / f"stack{rank}") for rank in late}
+    return {rank: _place(folder / f"stack{rank}") for rank in pending}
 
 
 def _place(stack: Path) -> str:
@@ -115,18 +163,27 @@ def _place(stack: Path) -> str:
     return waits if own is None else f"{waits}, called from {own.rsplit(os.sep, 1)[-1].replace(chr(34), '')}"
 
 
-def _rank(fn: Callable, rank: int, world_size: int, folder: Path, parent: int, timeout_s: float, args: tuple) -> None:
+def _worker(fn: Callable, tasks: Connection, parent: int) -> None:
+    """Be a rank, as often as it is asked for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(os, "SCHED_BATCH"):  # with more ranks than cores: a rank that wakes up does not interrupt another one
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     torch.set_num_threads(1)
     gc.freeze()  # what the parent holds is no garbage: collections in a rank need not look at it
+    with suppress(EOFError):
+        die_with_parent(parent)
+        while True:
+            tasks.send(_rank(fn, *tasks.recv()))
+    os._exit(0)
+
+
+def _rank(fn: Callable, rank: int, world_size: int, folder: Path, timeout_s: float, args: tuple) -> bool:
+    """Call it and write what it gave, or the traceback; whether it returned."""
     with open(folder / f"stack{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
         started = time.monotonic()
         try:
-            die_with_parent(parent)
             dist.init_process_group(
                 "gloo",
                 store=dist.FileStore(str(folder / "store"), world_size),
@@ -143,7 +200,8 @@ def _rank(fn: Callable, rank: int, world_size: int, folder: Path, parent: int, t
         with open(part, "wb") as file:
             pickle.dump(outcome, file)
         part.rename(folder / f"rank{rank}")
-    os._exit(1 if outcome[0] else 0)
+        faulthandler.unregister(signal.SIGUSR1)
+    return not outcome[0]
 
 
 def _read(path: Path) -> tuple[float, Any] | None:
