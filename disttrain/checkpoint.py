@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from disttrain import checkpoint_contents
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,8 +33,10 @@ class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written or read; the older ones are untouched."""
 
 
-def save(folder: Path, step: int, tensors: dict[str, Any], trainer: dict[str, Any], keep: int) -> Path:
-    """Write checkpoint number `step` below `folder` together with all ranks; drop all but the newest `keep`.
+def save(
+    folder: Path, step: int, tensors: dict[str, Any], trainer: dict[str, Any], keep: int, every: int = 0, best: int = 0
+) -> Path:
+    """Write checkpoint number `step` below `folder` together with all ranks; drop those that `prune` does.
 
     `tensors` is what DCP shards (model and optimizer), `trainer` what JSON holds. Raises CheckpointFailed.
     """
@@ -55,9 +59,9 @@ def save(folder: Path, step: int, tensors: dict[str, Any], trainer: dict[str, An
     sizes = attempt(lambda: _sizes(tensors))
     writer = dcp.HuggingFaceStorageWriter(str(writing), _file_of_each(sizes), save_distributed=True)
     attempt(lambda: dcp.save(tensors, storage_writer=writer) and None)
-    checksums = attempt(lambda: _checksums(writing, f"shard-{dist.get_rank() + 1:05d}-"))
-    attempt(lambda: _finish(writing, final, trainer, checksums) if first else None)
-    attempt(lambda: prune(folder, keep) if first else None)
+    checksums = attempt(lambda: checksums_of(writing, f"shard-{dist.get_rank() + 1:05d}-"))
+    attempt(lambda: seal(writing, final, trainer, checksums) if first else None)
+    attempt(lambda: prune(folder, keep, every, best) if first else None)
     return final
 
 
@@ -72,42 +76,12 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a checkpoint."""
-    from safetensors import safe_open
-
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-            for name in opened.keys():  # noqa: SIM118  it is no dictionary
-                sizes = opened.get_slice(name).get_shape()
-                end = tuple(at + size for at, size in zip(places[name]["saved_offsets"], sizes, strict=True))
-                found[name] = tuple(map(max, end, found.get(name, end)))
-    return found
+    return {name: entry.shape for name, entry in checkpoint_contents.entries(path).items()}
 
 
 def read(path: Path) -> "dict[str, Tensor]":
     """Every tensor of a checkpoint, whole, by name, as this process alone reads the files; NaN where they hold nothing."""
-    from safetensors import safe_open
-
-    parts: dict[str, list[tuple[list[int], Tensor]]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-            for name in opened.keys():  # noqa: SIM118  it is no dictionary
-                parts.setdefault(name, []).append((places[name]["saved_offsets"], opened.get_tensor(name)))
-    return {name: _joined(found) for name, found in parts.items()}
-
-
-def _joined(parts: "list[tuple[list[int], Tensor]]") -> "Tensor":
-    """A tensor from its parts and where each begins."""
-    ends = [[start + size for start, size in zip(at, part.shape, strict=True)] for at, part in parts]
-    first = parts[0][1]
-    whole = first.new_full(
-        [max(along) for along in zip(*ends, strict=True)], math.nan if first.is_floating_point() else 0
-    )
-    for (at, part), end in zip(parts, ends, strict=True):
-        whole[tuple(slice(*bounds) for bounds in zip(at, end, strict=True))] = part
-    return whole
+    return {name: checkpoint_contents.tensor(entry) for name, entry in checkpoint_contents.entries(path).items()}
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
@@ -129,6 +103,15 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step at which a whole checkpoint was taken, whatever its folder is called."""
     return json.loads((path / TRAINER).read_text())["step"]
+
+
+def held_out_loss(path: Path) -> float | None:
+    """The loss at which a checkpoint was taken; None where it is not known or no number."""
+    try:
+        loss = json.loads((path / TRAINER).read_text()).get("eval_loss")
+    except (OSError, ValueError):
+        return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def damage(path: Path) -> str | None:
@@ -159,9 +142,17 @@ def clean(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; renamed first, so that none is ever half removed."""
-    for old in checkpoints(folder)[:-keep]:
+def prune(folder: Path, keep: int, every: int = 0, best: int = 0) -> None:
+    """Remove all but the newest `keep` checkpoints, those of steps that are multiples of `every`, and the `best` ones by
+    held-out loss; renamed first, so that none is ever half removed."""
+    there = checkpoints(folder)
+    kept = {*there[-keep:], *(p for p in there if every and int(p.name.removeprefix("step_")) % every == 0)}
+    if best:
+        losses = {path: loss for path in there if (loss := held_out_loss(path)) is not None}
+        kept |= set(sorted(losses, key=lambda path: losses[path])[:best])
+    for old in there:
+        if old in kept:
+            continue
         doomed = old.with_name(old.name + ".deleting")
         old.rename(doomed)
         shutil.rmtree(doomed)
@@ -222,10 +213,11 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _finish(writing: Path, final: Path, trainer: dict[str, Any], checksums: list[dict[str, list[int]]]) -> None:
+def seal(writing: Path, final: Path, trainer: dict[str, Any], checksums: list[dict[str, list[int]]]) -> None:
+    """Describe what was written and give it its final name."""
     files = {name: check for rank in checksums for name, check in rank.items()}
     _write(writing / TRAINER, json.dumps(trainer, indent=1))
-    files |= _checksums(writing, TRAINER)
+    files |= checksums_of(writing, TRAINER)
     _write(writing / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
     _sync_folder(writing)
     if final.exists():  # the same step again, after a resume from an older checkpoint
@@ -234,7 +226,8 @@ def _finish(writing: Path, final: Path, trainer: dict[str, Any], checksums: list
     _sync_folder(final.parent)
 
 
-def _checksums(folder: Path, prefix: str) -> dict[str, list[int]]:
+def checksums_of(folder: Path, prefix: str) -> dict[str, list[int]]:
+    """Size and CRC-32 of the files whose names begin so."""
     return {p.name: [p.stat().st_size, _crc32(p)] for p in sorted(folder.iterdir()) if p.name.startswith(prefix)}
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
+from disttrain import checkpoint_commands
 from disttrain.failures import exit_code, interrupted
 
 if TYPE_CHECKING:
@@ -33,13 +34,12 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Commands,
-    name="disttrain",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    cls=Commands, name="disttrain", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Train GPT- and BERT-style models on one process or many, and measure it honestly.",
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_commands.app, name="checkpoint")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from disttrain import costs, memory, preflight
-from disttrain.config.checks import total_steps
+from disttrain.config.checks import checkpoints_on_disk, total_steps
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, Precision
 from disttrain.loggers.readable import count, size
@@ -127,6 +127,7 @@ def _memory(config: Config, mesh: Mesh) -> Group:
     if config.outer.method != "none":  # each worker's weights and moments beside the common ones, and outer momentum
         workers = mesh.replicate if config.parallel.zero else mesh.data_ranks
         kept += workers * kept + (kept // 3 if config.outer.method == "nesterov" else 0)
-    table.add_row(f"on disk: {config.checkpoint.keep} checkpoints", size(kept * config.checkpoint.keep))
+    count = checkpoints_on_disk(config)
+    table.add_row(f"on disk: {count} checkpoints", size(kept * count))
     whose = ", as if its layers were the family's" if config.model.source else ""
     return Group(f"[italic]predicted memory of a rank{which}, {precision}{whose}", table)

@@ -9,6 +9,7 @@ import yaml
 
 from disttrain import checkpoint, costs, data, layout, loggers
 from disttrain.config import horovod_checks
+from disttrain.config.checks import checkpoints_on_disk
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 from disttrain.config.settings import setting
@@ -147,11 +148,12 @@ def _disk(config: Config, parent: Path) -> list[Problem]:
     if config.model.vocab_size is None or config.model.hidden_size % config.model.heads:
         return []
     each = costs.checkpoint_bytes(config.model, "fp64" if config.precision == "fp64" else "fp32")
-    needed, free = each * (config.checkpoint.keep + 1), shutil.disk_usage(parent).free
+    count = checkpoints_on_disk(config)
+    needed, free = each * (count + 1), shutil.disk_usage(parent).free
     if needed <= free:
         return []
     gib = 2.0**30
     return [Problem((setting(config, "checkpoint.keep"), f"run.dir={config.run.dir}"),
-                    f"{config.checkpoint.keep} checkpoints and one being written take {needed / gib:.1f} GiB, "
+                    f"{count} checkpoints and one being written take {needed / gib:.1f} GiB, "
                     f"and {free / gib:.1f} GiB are free",
                     "free space, use another run.dir, or keep fewer checkpoints")]  # fmt: skip

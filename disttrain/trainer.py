@@ -21,7 +21,9 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
     config = session.config
     steps = total_steps(config)
     assert steps is not None  # preflight refuses a run without a length
-    step, saved, evaluated, stop = start, start, -1, "steps" if start >= steps else None
+    step, saved, stop = start, start, "steps" if start >= steps else None
+    held_out: tuple[int, float] = (-1, 0.0)
+    """Step and loss of the last evaluation."""
     while stop is None:
         recorder.begin_step()
         micro_batches = recorder.waited_for(
@@ -36,18 +38,18 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
         evaluate, checkpointed = due(config.train.eval_every, step), due(config.checkpoint.every, step)
         recorder.end_step(step, rate, result, needed=bool(stop or evaluate or checkpointed))
         if evaluate:
-            evaluated = step
-            if recorder.evaluate(step) <= (config.train.target_loss or 0.0):
+            held_out = step, recorder.evaluate(step)
+            if held_out[1] <= (config.train.target_loss or 0.0):
                 stop = stop or "target_loss"
         if checkpointed:
             saved = step
-            save(session, recorder, step)
+            save(session, recorder, step, held_out)
         if session.choice is not None and stop is None and due(config.compression.look_every, step):
             look_at_link(session, recorder, step)
-    if stop != "interrupted" and evaluated != step:
-        recorder.evaluate(step)
+    if stop != "interrupted" and held_out[0] != step:
+        held_out = step, recorder.evaluate(step)
     if saved != step:
-        save(session, recorder, step)
+        save(session, recorder, step, held_out)
     recorder.finish(step, stop)
     return stop
 
@@ -64,7 +66,7 @@ def look_at_link(session: Session, recorder: Recorder, step: int) -> None:
         before, zero = session.choice, session.config.parallel.zero
         if not codec_choice.changed(before, session.groups, zero, session.device):
             return
-        path = save(session, recorder, step)
+        path = save(session, recorder, step, (-1, 0.0))
         choose_again(session)
         load(session, path)
     now = session.choice
@@ -72,13 +74,15 @@ def look_at_link(session: Session, recorder: Recorder, step: int) -> None:
     recorder.event("codec_chosen", step, message, **asdict(now))
 
 
-def save(session: Session, recorder: Recorder, step: int) -> Path:
-    """Write a checkpoint of this step, with all ranks; where."""
+def save(session: Session, recorder: Recorder, step: int, held_out: tuple[int, float]) -> Path:
+    """Write a checkpoint of this step, with all ranks, and with the held-out loss if that is of this step; where."""
     with recorder.excluded("checkpoint"):
         state = session.engine.state_dict()
-        trainer = {"step": step, "metrics": recorder.state_dict(), "engine": state.pop("engine")}
+        loss = held_out[1] if held_out[0] == step else None
+        trainer = {"step": step, "eval_loss": loss, "metrics": recorder.state_dict(), "engine": state.pop("engine")}
         folder = preflight.run_folder(session.config) / "checkpoints"
-        path = checkpoint.save(folder, step, state, trainer, session.config.checkpoint.keep)
+        kept = session.config.checkpoint
+        path = checkpoint.save(folder, step, state, trainer, kept.keep, kept.keep_every, kept.keep_best)
     recorder.event("checkpoint_saved", step, f"checkpoint saved: {path}")
     return path
 
@@ -92,7 +96,13 @@ def restore(session: Session, recorder: Recorder) -> int:
         return 0
     trainer = load(session, path)
     recorder.load_state_dict(trainer["metrics"])
-    return trainer["step"]
+    step = trainer["step"]
+    if "outer_arrives" in trainer["engine"] and session.config.outer.method == "none":
+        message = (
+            "without outer.method the run goes on from the outer weights: what workers did since they met is dropped"
+        )
+        recorder.event("workers_dropped", step, message)
+    return step
 
 
 def load(session: Session, path: Path) -> dict[str, Any]:

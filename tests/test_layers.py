@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"mesh", "costs", "failures"},
     {"stages", "deepspeed_config"},
     {"layout", "memory"},
-    {"models", "data", "optim", "precision"},
+    {"models", "data", "optim", "precision", "checkpoint_contents"},
     {"grad_compression"},
     {"parallel"},
     {"engines"},
@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"trainer"},
     {"tasks", "run", "slurm_script"},
     {"verify"},
-    {"local_ranks", "demo", "preparing", "elastic"},
+    {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands"},
     {"cli", "__main__"},
 ]
 """Module names from the bottom; a module may import what is lower, or its own package."""

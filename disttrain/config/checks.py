@@ -21,10 +21,24 @@ def total_steps(config: Config) -> int | None:
     return min(limits, default=None)
 
 
+def checkpoints_on_disk(config: Config) -> int:
+    """How many checkpoints a run leaves at the most."""
+    kept, steps = config.checkpoint, total_steps(config) or 0
+    return kept.keep + kept.keep_best + (steps // kept.keep_every if kept.keep_every else 0)
+
+
 def validate(config: Config, world_size: int) -> list[Problem]:
     """Every contradiction between settings, for a run on this many ranks."""
-    checks = (_model(config), _batch(config, world_size), _length(config), _optimizer(config), _ignored(config),
-              compression_problems(config, world_size, total_steps(config)), outer_problems(config))  # fmt: skip
+    checks = (
+        _model(config),
+        _batch(config, world_size),
+        _length(config),
+        _optimizer(config),
+        _ignored(config),
+        _kept(config),
+        compression_problems(config, world_size, total_steps(config)),
+        outer_problems(config),
+    )
     return [*(problem for check in checks for problem in check), *layout_problems(config, world_size)]
 
 
@@ -101,6 +115,24 @@ def _length(config: Config) -> Iterator[Problem]:
             "the held-out loss is only computed at the end, so the target can never stop the run",
             "give train.eval_every, for example 100",
         )
+
+
+def _kept(config: Config) -> Iterator[Problem]:
+    """Checkpoints that are to be kept must be written, and the best ones evaluated."""
+    kept, evaluated = config.checkpoint, config.train.eval_every
+    if kept.keep_every and (kept.every == 0 or kept.keep_every % kept.every):
+        yield Problem(
+            (setting(config, "checkpoint.keep_every"), setting(config, "checkpoint.every")),
+            "no checkpoint is written at some of the steps whose checkpoints are to be kept",
+            f"use checkpoint.every={kept.keep_every}, or a divisor of it",
+        )
+    if kept.keep_best and (kept.every == 0 or evaluated == 0 or kept.every % evaluated):
+        yield Problem(
+            (setting(config, "checkpoint.keep_best"), setting(config, "checkpoint.every"),
+             setting(config, "train.eval_every")),
+            "not every checkpoint has a held-out loss by which the best ones could be told",
+            f"use train.eval_every={kept.every or 100} and checkpoint.every={kept.every or 100}",
+        )  # fmt: skip
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:

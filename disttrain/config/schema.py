@@ -272,6 +272,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 saves at the end and on interruption only."""
     keep: Positive = 3
     """Newest checkpoints that are kept."""
+    keep_every: NonNegative = 0
+    """Checkpoints of steps that are multiples of this are never removed; 0 for none."""
+    keep_best: NonNegative = 0
+    """Checkpoints that are kept beside the newest because their held-out loss is the lowest."""
     resume: str = "auto"
     """auto: the newest good checkpoint of the run folder. never: start a new run. Or a checkpoint's path."""
 

@@ -129,13 +129,27 @@ def test_only_the_newest_are_kept(saved: Path) -> None:
     assert [checkpoint.step_of(p) for p in checkpoint.checkpoints(saved)] == [2, 3]
 
 
+@pytest.mark.parametrize(("keep", "every", "best", "left"), [
+    (1, 0, 0, [9]), (1, 4, 0, [4, 8, 9]), (2, 0, 2, [3, 6, 8, 9]), (1, 3, 1, [3, 6, 9]), (9, 0, 0, [*range(1, 10)]),
+])  # fmt: skip
+def test_those_of_some_steps_and_the_best_are_kept_too(
+    tmp_path: Path, keep: int, every: int, best: int, left: list[int]
+) -> None:
+    losses = {1: 5.0, 2: 4.0, 3: 3.0, 4: None, 5: 3.5, 6: 2.0, 7: float("nan"), 8: 4.0, 9: 3.2}
+    for step, loss in losses.items():
+        (folder := tmp_path / f"step_{step:08d}").mkdir()
+        (folder / checkpoint.TRAINER).write_text(json.dumps({"step": step, "eval_loss": loss}))
+    checkpoint.prune(tmp_path, keep, every, best)
+    assert [checkpoint.step_of(p) for p in checkpoint.checkpoints(tmp_path)] == left
+
+
 def failing_save(rank: int, config: Config, folder: Path) -> str:
     engine = make_engine(config, rank, 2)
     advance(engine, rank, 2, range(1, 2))
     state = engine.state_dict()
     trainer = {"step": 4, "engine": state.pop("engine")}
     if rank == 1:  # this rank's disk refuses
-        checkpoint._checksums = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        checkpoint.checksums_of = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     try:
         checkpoint.save(folder, 4, state, trainer, keep=1)
     except CheckpointFailed as failed:

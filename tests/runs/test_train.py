@@ -262,6 +262,30 @@ def test_demo_beats_uniform_and_shows_samples(workplace: Workplace) -> None:
     assert ("beats" if done.returncode == 0 else "does not beat") in done.stdout
 
 
+def test_the_best_and_every_sixth_are_kept(workplace: Workplace) -> None:
+    kept = [
+        "checkpoint.every=2",
+        "train.eval_every=2",
+        "checkpoint.keep=1",
+        "checkpoint.keep_every=6",
+        "checkpoint.keep_best=1",
+    ]
+    workplace.run("train", "run.yaml", *kept, "train.steps=10")
+    losses = {record["step"]: record["eval_loss"] for record in workplace.records("run", "eval")}
+    best = min((loss, step) for step, loss in losses.items())[1]
+    there = sorted(int(p.name.removeprefix("step_")) for p in (workplace.folder / "runs/run/checkpoints").iterdir())
+    assert there == sorted({6, 10, best})
+
+
+def test_without_workers_a_run_says_what_it_drops(workplace: Workplace) -> None:
+    apart = ["outer.method=average", "outer.every=5", "checkpoint.every=4"]
+    workplace.run("train", "run.yaml", "--nproc", "2", *apart, "train.steps=4", "train.eval_every=0")
+    workplace.run("train", "run.yaml", "--nproc", "2", "train.steps=6", "train.eval_every=0")
+    (event,) = [e for e in workplace.records("run", "event") if e["event"] == "workers_dropped"]
+    assert event["step"] == 4
+    assert [step["step"] for step in workplace.records("run", "step")] == list(range(1, 7))
+
+
 def test_auto_shows_what_it_compared_and_trains_with_it(workplace: Workplace) -> None:
     done = workplace.run("train", "run.yaml", "--nproc", "2", "compression.codec=auto")
     (event,) = [e for e in workplace.records("run", "event") if e["event"] == "codec_chosen"]

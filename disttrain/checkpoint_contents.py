@@ -1,0 +1,94 @@
+"""What the files of a checkpoint hold, read without a run: names, shapes and places from their headers, tensors one by one.
+
+Every file is safetensors; its header says where each tensor's part begins in the whole one (decision 0006).
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLACES, VERSION = "DCP_SHARDING_INFO", "DCP_VERSION"
+"""Keys of a file's metadata: where parts begin, and of what version of torch's layout that is."""
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
+"""Of an element, by safetensors' name of its type."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of a tensor in one file."""
+
+    file: Path
+    start: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass
+class Entry:
+    """One tensor of a checkpoint."""
+
+    name: str
+    dtype: str
+    """safetensors' name: F32, BF16, ..."""
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole: where its parts end."""
+        ends = [[at + size for at, size in zip(part.start, part.sizes, strict=True)] for part in self.parts]
+        return tuple(map(max, zip(*ends, strict=True)))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole."""
+        return math.prod(self.shape) * BYTES.get(self.dtype, 1)
+
+    @property
+    def section(self) -> str:
+        """model, optimizer, compression or outer."""
+        return self.name.partition(".")[0]
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether its parts do not fill it."""
+        return sum(math.prod(sizes) for _, sizes in {(p.start, p.sizes) for p in self.parts}) < math.prod(self.shape)
+
+
+def entries(path: Path) -> dict[str, Entry]:
+    """All tensors by name. Raises OSError or ValueError where a file is not what it should be."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Entry] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                places = json.loads(opened.metadata()[PLACES])
+                for name in opened.keys():  # noqa: SIM118  it is no dictionary
+                    part = opened.get_slice(name)
+                    entry = found.setdefault(name, Entry(name, part.get_dtype()))
+                    entry.parts.append(Part(file, tuple(places[name]["saved_offsets"]), tuple(part.get_shape())))
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{file.name} is no file of a checkpoint: {error}") from error
+    return found
+
+
+def tensor(entry: Entry) -> "Tensor":
+    """The whole tensor; NaN, or 0 of integers, where no file holds anything."""
+    from safetensors import safe_open
+
+    blocks: list[tuple[Sequence[int], Tensor]] = []
+    for part in entry.parts:
+        with safe_open(part.file, framework="pt") as opened:
+            blocks.append((part.start, opened.get_tensor(entry.name)))
+    first = blocks[0][1]
+    if len(blocks) == 1 and first.shape == entry.shape:
+        return first
+    whole = first.new_full(entry.shape, math.nan if first.is_floating_point() else 0)
+    for start, block in blocks:
+        whole[tuple(slice(at, at + size) for at, size in zip(start, block.shape, strict=True))] = block
+    return whole
