@@ -150,18 +150,37 @@ def convert(
 
 
 def _write_whole(held: dict[str, Entry], folder: Path) -> None:
-    from safetensors.torch import save_file
-
     groups: list[list[Entry]] = [[]]
     for entry in held.values():
         if sum(e.nbytes for e in groups[-1]) + entry.nbytes > checkpoint.FILE_BYTES and groups[-1]:
             groups.append([])
         groups[-1].append(entry)
     for number, group in enumerate(groups, start=1):
-        places = {entry.name: {"saved_offsets": [0] * len(entry.shape)} for entry in group}
-        metadata = {checkpoint_contents.PLACES: json.dumps(places), checkpoint_contents.VERSION: "1.0", "format": "pt"}
-        tensors = {entry.name: values.contiguous() for entry, values in _tensors(group, f"file {number}/{len(groups)}")}
-        save_file(tensors, folder / f"shard-00001-model-{number:05d}-of-{len(groups):05d}.safetensors", metadata)
+        tensors = {entry.name: values for entry, values in _tensors(group, f"file {number}/{len(groups)}")}
+        checkpoint_contents.write(tensors, folder / f"shard-00001-model-{number:05d}.safetensors")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, which is not there.")],
+) -> None:
+    """Write the model of a run as a Hugging Face GPT-2 or BERT, with its tokenizer."""
+    from disttrain.tasks.hugging_face import export
+
+    for file in export(run, out):
+        typer.echo(f"written: {file}")
+
+
+def import_model(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a Hugging Face model (safetensors).")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, which is not there.")],
+) -> None:
+    """Make a run of step 0 of a Hugging Face GPT-2 or BERT: to sample from, to look at, to train on from."""
+    from disttrain.tasks.hugging_face import import_model
+
+    for name in import_model(source, out):
+        typer.echo(f"not in {source}, drawn at random: {name}")
+    typer.echo(f"written: {out}; train on from it: disttrain train {out / 'config.yaml'} run.name=NAME")
 
 
 def _tensors(held: Iterable[Entry], what: str) -> "Iterator[tuple[Entry, Tensor]]":

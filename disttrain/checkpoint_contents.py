@@ -5,10 +5,10 @@ Every file is safetensors; its header says where each tensor's part begins in th
 
 import json
 import math
-from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def entries(path: Path) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(file, framework="np") as opened:  # the header alone: no torch
                 places = json.loads(opened.metadata()[PLACES])
                 for name in opened.keys():  # noqa: SIM118  it is no dictionary
                     part = opened.get_slice(name)
@@ -77,18 +77,61 @@ def entries(path: Path) -> dict[str, Entry]:
     return found
 
 
+def write(tensors: "dict[str, Tensor]", path: Path) -> None:
+    """A file of whole tensors."""
+    from safetensors.torch import save_file
+
+    places = {name: {"saved_offsets": [0] * tensor.ndim} for name, tensor in tensors.items()}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, {PLACES: json.dumps(places), VERSION: "1.0", "format": "pt"})
+
+
+class Reader:
+    """Opens each file once."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Any] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def tensor(self, part: Part, name: str, block: tuple[slice, ...] | None = None) -> "Tensor":
+        """A part of a tensor, or a block of it."""
+        from safetensors import safe_open
+
+        if part.file not in self._files:
+            self._files[part.file] = self._open.enter_context(safe_open(part.file, framework="pt"))
+        file = self._files[part.file]
+        return file.get_tensor(name) if not block else file.get_slice(name)[block]
+
+    def fill(self, place: "Tensor", start: tuple[int, ...], entry: Entry) -> None:
+        """Copy the block of a tensor that begins there. Raises ValueError where the files hold only some of it."""
+        filled = set()
+        for part in entry.parts:
+            begins = tuple(map(max, start, part.start))
+            ends = tuple(
+                min(a + n, b + m) for a, n, b, m in zip(start, place.shape, part.start, part.sizes, strict=True)
+            )
+            if all(begin < end for begin, end in zip(begins, ends, strict=True)):
+                theirs = tuple(slice(b - at, e - at) for b, e, at in zip(begins, ends, part.start, strict=True))
+                ours = tuple(slice(b - at, e - at) for b, e, at in zip(begins, ends, start, strict=True))
+                place[ours] = self.tensor(part, entry.name, theirs)
+                filled.add((begins, ends))
+        if sum(math.prod(e - b for b, e in zip(*block, strict=True)) for block in filled) < place.numel():
+            raise ValueError(f"{entry.name} is not complete in it")
+
+
 def tensor(entry: Entry) -> "Tensor":
     """The whole tensor; NaN, or 0 of integers, where no file holds anything."""
-    from safetensors import safe_open
-
-    blocks: list[tuple[Sequence[int], Tensor]] = []
-    for part in entry.parts:
-        with safe_open(part.file, framework="pt") as opened:
-            blocks.append((part.start, opened.get_tensor(entry.name)))
-    first = blocks[0][1]
-    if len(blocks) == 1 and first.shape == entry.shape:
-        return first
-    whole = first.new_full(entry.shape, math.nan if first.is_floating_point() else 0)
-    for start, block in blocks:
-        whole[tuple(slice(at, at + size) for at, size in zip(start, block.shape, strict=True))] = block
+    with Reader() as reader:
+        first = reader.tensor(entry.parts[0], entry.name)
+        if first.shape == entry.shape:
+            return first
+        whole = first.new_full(entry.shape, math.nan if first.is_floating_point() else 0)
+        with suppress(ValueError):
+            reader.fill(whole, (0,) * whole.ndim, entry)
     return whole

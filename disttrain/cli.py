@@ -40,6 +40,8 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
+app.command("export")(checkpoint_commands.export)
+app.command("import")(checkpoint_commands.import_model)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")
@@ -71,8 +73,7 @@ def check(
     from disttrain.overview import overview
 
     settings = _load(config, overrides)
-    problems = preflight.problems(settings, world_size)
-    if problems:
+    if problems := preflight.problems(settings, world_size):
         raise RefusedInput(problems)
     _console().print(overview(settings, world_size))
 
@@ -234,8 +235,7 @@ def demo(
     """Train a small GPT, compare its held-out loss with a trigram's and let it write."""
     from disttrain.preflight import run_folder
 
-    code = _train(config, overrides, nproc)
-    if code:
+    if code := _train(config, overrides, nproc):
         raise typer.Exit(code)
     from disttrain.demo import show_what_was_learned
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from disttrain import checkpoint, costs, data, layout, loggers
+from disttrain import checkpoint, costs, data, layout, loggers, memory
 from disttrain.config import horovod_checks
 from disttrain.config.checks import checkpoints_on_disk
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
-from disttrain.config.settings import setting
+from disttrain.config.settings import no_effect, setting
 
 FIXED_ON_RESUME = ("model", "data.tokenizer", "data.tokenizer_vocab_size", "data.lowercase", "data.sequence_length",
                    "data.corpus", "data.path", "data.blend", "run.seed", "train.global_batch_size",
@@ -32,6 +32,7 @@ def problems(config: Config, world_size: int) -> list[Problem]:
         *data.preflight(config),
         *loggers.preflight(config),
         *_run_folder(config),
+        *_weights(config),
     ]
     return [problem for index, problem in enumerate(found) if problem not in found[:index]]
 
@@ -60,6 +61,39 @@ def resume_from(config: Config) -> tuple[Path | None, list[str]]:
     if config.checkpoint.resume == "auto":
         return checkpoint.newest_good(run_folder(config) / "checkpoints")
     return Path(config.checkpoint.resume), []
+
+
+def weights_from(config: Config) -> Path | None:
+    """The checkpoint whose weights a new run begins with; None where it draws its own, and where there is none."""
+    given = config.checkpoint.weights
+    if given is None:
+        return None
+    path = Path(given)
+    return path if (path / checkpoint.MANIFEST).exists() else checkpoint.newest_good(path / "checkpoints")[0]
+
+
+def _weights(config: Config) -> list[Problem]:
+    """Why a new run cannot begin with `checkpoint.weights`; one that goes on does not need them any more."""
+    goes_on = config.checkpoint.resume == "auto" and checkpoint.checkpoints(run_folder(config) / "checkpoints")
+    if config.checkpoint.weights is None or goes_on:
+        return []
+    if config.checkpoint.resume not in ("auto", "never"):
+        return [no_effect(config, "checkpoint.weights", "checkpoint.resume", "checkpoint.resume=auto")]
+    name, path = setting(config, "checkpoint.weights"), weights_from(config)
+    reason = "there is no good checkpoint in it" if path is None else checkpoint.damage(path)
+    if reason or path is None:
+        return [Problem((name,), reason or "", "give a run, one of its checkpoints, or a model that `import` wrote")]
+    if config.model.source is not None:
+        return []
+    wanted = memory.parameter_shapes(config.model, range(config.model.layers)) if config.model.vocab_size else {}
+    there = {key.removeprefix("model."): s for key, s in checkpoint.shapes(path).items() if key.startswith("model.")}
+    wrong = sorted(key for key in wanted.keys() | (there.keys() if wanted else ()) if wanted.get(key) != there.get(key))
+    if not wrong:
+        return []
+    one = wrong[0]
+    return [Problem((name, f"model.* ({len(wrong)} parameters)"),
+                    f"{one} has shape {there.get(one, 'none')} there and {wanted.get(one, 'none')} here",
+                    "use the model.* settings of that run's config.yaml")]  # fmt: skip
 
 
 def _compiler(config: Config) -> list[Problem]:

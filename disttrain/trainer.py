@@ -93,6 +93,7 @@ def restore(session: Session, recorder: Recorder) -> int:
     for line in damaged:
         recorder.event("checkpoint_damaged", 0, f"checkpoint not used: {line}")
     if path is None:
+        begin(session, recorder)
         return 0
     trainer = load(session, path)
     recorder.load_state_dict(trainer["metrics"])
@@ -103,6 +104,17 @@ def restore(session: Session, recorder: Recorder) -> int:
         )
         recorder.event("workers_dropped", step, message)
     return step
+
+
+def begin(session: Session, recorder: Recorder) -> None:
+    """A new run: with the weights that were drawn, or with those the config names."""
+    path = preflight.weights_from(session.config)
+    if path is None:
+        return
+    fresh = session.engine.state_dict()
+    checkpoint.load(path, {"model": fresh["model"]})
+    session.engine.load_state_dict({key: fresh[key] for key in ("model", "optimizer", "engine")})
+    recorder.event("weights_loaded", 0, f"the run begins with the weights of {path}")
 
 
 def load(session: Session, path: Path) -> dict[str, Any]:

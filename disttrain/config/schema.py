@@ -278,6 +278,8 @@ class CheckpointConfig(Section):
     """Checkpoints that are kept beside the newest because their held-out loss is the lowest."""
     resume: str = "auto"
     """auto: the newest good checkpoint of the run folder. never: start a new run. Or a checkpoint's path."""
+    weights: str | None = None
+    """Begin a new run with the weights of this run, checkpoint or imported model; the optimizer begins anew, at step 0."""
 
 
 class LogConfig(Section):

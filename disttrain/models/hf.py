@@ -4,7 +4,7 @@ Two differences beside names: their GPT-2 stores linear weights transposed, and 
 blocks of all heads where ours interleaves them by head ([A, 3, D] rows, see `disttrain.models.layers.Attention`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,49 @@ def to_hugging_face(family: Family, state: Mapping[str, Tensor], config: ModelCo
     for row in _rows(family, config.layers):
         theirs.update(zip(row.theirs, row.to_theirs(state[row.ours], config.heads), strict=True))
     return _with_ties(family, theirs)
+
+
+def written(family: Family, read: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """What a Hugging Face file holds, each tensor made when it is asked for; tied ones once, as they write it.
+
+    `read` gives one of our parameters by name.
+    """
+    for row in _rows(family, config.layers):
+        if row.ours == "head.decoder.weight":
+            continue  # tied to the embedding
+        names = [_TIES[family].get(name, name) for name in row.theirs]
+        yield from zip(names, row.to_theirs(read(row.ours), config.heads), strict=True)
+
+
+def read(
+    family: Family, names: Collection[str], load: Callable[[str], Tensor], config: ModelConfig
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Our parameters from a Hugging Face file with these names, each made when it is asked for; tied ones once, and None
+    for those of the head that a file without one lacks.
+
+    `load` gives one of their tensors by name. Raises ValueError listing the names that are missing or not understood.
+    """
+    there = {_modern(family, _prefixed(family, name)): name for name in names if not name.endswith(_BUFFERS)}
+    for name, source in _TIES[family].items():
+        if source in there:
+            there.setdefault(name, there[source])
+    rows = [row for row in _rows(family, config.layers) if row.ours != "head.decoder.weight"]
+    expected = {name for row in rows for name in row.theirs} | set(_TIES[family])
+    needed = [row for row in rows if family == "gpt" or not row.ours.startswith("head.")]
+    missing = sorted(name for row in needed for name in row.theirs if name not in there)
+    unknown = sorted(there.keys() - expected)
+    if missing or unknown:
+        raise ValueError(f"not a {family} of {config.layers} layers: missing {missing[:5]}, unknown {unknown[:5]}")
+    for row in rows:
+        if all(name in there for name in row.theirs):
+            yield row.ours, row.to_ours([load(there[name]) for name in row.theirs], config.heads)
+        else:
+            yield row.ours, None
+
+
+def _prefixed(family: str, name: str) -> str:
+    """A name of `BertModel`, which has no heads and no prefix, as the models with heads have it."""
+    return f"bert.{name}" if family == "bert" and name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".position_ids")  # masks and indices that older files carry

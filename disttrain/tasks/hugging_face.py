@@ -1,0 +1,266 @@
+"""`disttrain export` and `import`: GPT-2 and BERT models of Hugging Face, one tensor at a time, so that a model needs no
+more memory than its largest file.
+
+What is written loads with ``GPT2LMHeadModel`` or ``BertForPreTraining`` and ``AutoTokenizer``. What is imported is the
+folder of a run of step 0: `sample`, `checkpoint` and `export` take it, and `checkpoint.weights` begins a run with it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from disttrain import checkpoint, checkpoint_contents, data
+from disttrain.config.load import load
+from disttrain.config.problems import Problem, RefusedInput
+from disttrain.config.schema import Config, Family, ModelConfig
+from disttrain.data import Tokenizer
+from disttrain.models import hf, initial_value
+
+FILE_BYTES = 1 << 30
+"""About how much one file holds, and so how much memory it takes."""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TYPES: dict[str, Family] = {"gpt2": "gpt", "bert": "bert"}
+"""`model_type` of a config.json, and our family."""
+UNLIKE: dict[str, tuple[tuple[str, Any], ...]] = {
+    "gpt": (("activation_function", "gelu_new"), ("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
+            ("reorder_and_upcast_attn", False), ("add_cross_attention", False), ("tie_word_embeddings", True)),
+    "bert": (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False),
+             ("add_cross_attention", False), ("type_vocab_size", 2), ("tie_word_embeddings", True)),
+}  # fmt: skip
+"""Keys of a config.json that must be what our model does, which is also what they are when not given."""
+
+
+def export(run: Path, out: Path) -> list[Path]:
+    """Write the newest good checkpoint of a run as a Hugging Face model; the files. Raises RefusedInput."""
+    path, damaged = checkpoint.newest_good(run / "checkpoints")
+    if path is None or not (run / "config.yaml").is_file():
+        reason = f"no checkpoint can be used ({'; '.join(damaged)})" if damaged else "there is no checkpoint in it"
+        raise RefusedInput([Problem((f"RUN={run}",), reason, "give the folder of a run, such as runs/gpt_tiny")])
+    config = load(run / "config.yaml")
+    if config.model.source is not None:
+        raise RefusedInput([Problem((f"model.source={config.model.source}",), "transformers has no such model",
+                                    "export a model of one of the families")])  # fmt: skip
+    _refuse_used(out)
+    tokenizer_json = data.prepare(config).tokenizer
+    tokenizer = data.load_tokenizer(tokenizer_json)
+    held = checkpoint_contents.entries(path)
+
+    def ours(name: str) -> Tensor:
+        found = checkpoint_contents.tensor(held[f"model.{name}"])
+        return found.float() if found.dtype == torch.float64 else found
+
+    writing = _begin(out)
+    _write_weights(hf.written(config.model.family, ours, config.model), writing)
+    (writing / "config.json").write_text(json.dumps(_their_config(config.model, tokenizer), indent=2))
+    shutil.copyfile(tokenizer_json, writing / "tokenizer.json")
+    (writing / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(config.model, tokenizer), indent=2))
+    writing.rename(out)
+    return sorted(out.iterdir())
+
+
+def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    parts: list[Path] = []
+    places: dict[str, Path] = {}
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        parts.append(folder / f"part{len(parts)}")
+        save_file(held, parts[-1], {"format": "pt"})
+        places.update(dict.fromkeys(held, parts[-1]))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
+            flush()
+        held[name] = tensor.contiguous()
+        total += tensor.nbytes
+    flush()
+    names = {part: f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i, part in enumerate(parts, start=1)}
+    if len(parts) == 1:
+        names = {parts[0]: SINGLE}
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": {name: names[part] for name, part in places.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    for part, name in names.items():
+        part.rename(folder / name)
+
+
+def _their_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    shared = {"vocab_size": model.vocab_size, "tie_word_embeddings": True, "pad_token_id": tokenizer.pad}
+    if model.family == "gpt":
+        end = tokenizer.end_of_text
+        return {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": model.max_positions,
+            "n_embd": model.hidden_size, "n_layer": model.layers, "n_head": model.heads, "n_inner": model.ffn_hidden_size,
+            "activation_function": "gelu_new", "layer_norm_epsilon": model.layer_norm_epsilon,
+            "resid_pdrop": model.dropout, "embd_pdrop": model.dropout, "attn_pdrop": model.dropout,
+            "bos_token_id": end, "eos_token_id": end, **shared,
+        }  # fmt: skip
+    return {
+        "architectures": ["BertForPreTraining"], "model_type": "bert", "max_position_embeddings": model.max_positions,
+        "hidden_size": model.hidden_size, "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
+        "intermediate_size": model.ffn_hidden_size, "hidden_act": "gelu", "type_vocab_size": 2,
+        "layer_norm_eps": model.layer_norm_epsilon, "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": model.dropout, **shared,
+    }  # fmt: skip
+
+
+def _tokenizer_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    theirs = {"end_of_text": "eos_token", "pad": "pad_token", "cls": "cls_token", "sep": "sep_token", "mask": "mask_token",
+              "unknown": "unk_token"}  # fmt: skip
+    names = {theirs[role]: name for role, name in tokenizer.special_names.items()}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.max_positions, **names}
+
+
+def import_model(source: Path, out: Path) -> list[str]:
+    """Write a Hugging Face model as the folder of a run of step 0; parameters it lacks, which get initial values.
+
+    Raises RefusedInput listing everything that is not understood.
+    """
+    description = _json(source / "config.json", source)
+    model = _our_model(description, source)
+    loaders = _loaders(source)
+    tokenizer = next((p for p in (source / "tokenizer.json",) if p.is_file()), None)
+    _refuse_used(out)
+    writing, lacking = _begin(out), []
+    final = writing / "checkpoints" / "step_00000000"
+    folder = final.with_name("writing")
+    folder.mkdir(parents=True)
+    try:
+        found = hf.read(model.family, loaders.keys(), lambda name: loaders[name]().float(), model)
+        lacking = _write_ours(found, model, folder)
+    except (ValueError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        fix = "import a model that transformers saved as GPT-2 or BERT"
+        raise RefusedInput([Problem((f"SOURCE={source}",), str(error), fix)]) from error
+    checkpoint.seal(folder, final, {"step": 0}, [checkpoint.checksums_of(folder, "shard-")])
+    settings: dict[str, Any] = {"model": model.model_dump(mode="json", exclude_defaults=True), "data": {}}
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, writing / "tokenizer.json")
+        name = "gpt2" if model.family == "gpt" else "bert"
+        settings["data"] = {"tokenizer": name, "tokenizer_path": str(out / "tokenizer.json")}
+    settings["data"] |= {"corpus": "python-docs", "sequence_length": min(model.max_positions, 1024)}
+    settings |= {"train": {"steps": 1000}, "checkpoint": {"weights": str(out)}, "run": {"name": out.name}}
+    (writing / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    writing.rename(out)
+    return lacking
+
+
+def _our_model(theirs: dict[str, Any], source: Path) -> ModelConfig:
+    """Shape of a config.json. Raises RefusedInput for what our models do not do."""
+    family = TYPES.get(theirs.get("model_type", ""))
+    if family is None:
+        raise RefusedInput([Problem((f"model_type={theirs.get('model_type')}",), "only GPT-2 and BERT are understood",
+                                    f"give a folder with a model of {' or '.join(TYPES)}")])  # fmt: skip
+    wrong = [
+        Problem((f"{key}={theirs[key]}", f"SOURCE={source}"), f"our {family} has {key}={value}", "import another model")
+        for key, value in UNLIKE[family]
+        if theirs.get(key, value) != value
+    ]
+    if wrong:
+        raise RefusedInput(wrong)
+    names = (
+        ("n_layer", "n_embd", "n_head", "n_inner", "n_positions", "layer_norm_epsilon", "resid_pdrop")
+        if family == "gpt"
+        else ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+              "layer_norm_eps", "hidden_dropout_prob")
+    )  # fmt: skip
+    layers, hidden, heads, inner, positions, epsilon, dropout = (theirs.get(name) for name in names)
+    try:
+        return ModelConfig.model_validate({
+            "family": family, "layers": layers, "hidden_size": hidden, "heads": heads, "max_positions": positions,
+            "ffn_hidden_size": inner or 4 * (hidden or 0), "vocab_size": theirs.get("vocab_size"),
+            "dropout": float(dropout or 0.0),
+            "layer_norm_epsilon": float(epsilon or (1e-5 if family == "gpt" else 1e-12)),
+        })  # fmt: skip
+    except ValueError as error:
+        problem = Problem(
+            (f"{source}/config.json",), f"it says no shape: {error}", "give the config that belongs to it"
+        )
+        raise RefusedInput([problem]) from error
+
+
+def _loaders(source: Path) -> dict[str, Callable[[], Tensor]]:
+    """How to load each tensor of a folder's safetensors files. Raises RefusedInput where there are none, or bad ones."""
+    files = [source / SINGLE]
+    if (source / INDEX).is_file():
+        names = set(_json(source / INDEX, source).get("weight_map", {}).values())
+        files = [source / Path(name).name for name in sorted(names)]  # nothing outside of the folder
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        fix = "save it with transformers' save_pretrained, which writes safetensors; pickles are not read"
+        raise RefusedInput([Problem((f"SOURCE={source}",), f"{', '.join(missing[:3])} is missing", fix)])
+
+    def loader(file: Path, name: str) -> Callable[[], Tensor]:
+        def load_it() -> Tensor:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(name)
+
+        return load_it
+
+    found: dict[str, Callable[[], Tensor]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= {name: loader(file, name) for name in opened.keys()}  # noqa: SIM118  it is no dictionary
+        except SafetensorError as error:
+            problem = Problem((str(file),), f"it is no safetensors file: {error}", "get the file again")
+            raise RefusedInput([problem]) from error
+    return found
+
+
+def _write_ours(found: Iterator[tuple[str, Tensor | None]], model: ModelConfig, folder: Path) -> list[str]:
+    """Files of a checkpoint with whole weights; what was lacking and was drawn."""
+    from disttrain.memory import parameter_shapes
+
+    shapes = parameter_shapes(model, range(model.layers))
+    lacking, held, number = [], {}, 0
+
+    def flush() -> None:
+        nonlocal number
+        number += 1
+        checkpoint_contents.write(held, folder / f"shard-00001-model-{number:05d}.safetensors")
+        held.clear()
+
+    for name, tensor in found:
+        if tensor is None:
+            lacking.append(name)
+            tensor = initial_value(model, name, torch.Size(shapes[name]), Config().run.seed)
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and its config.json says {shapes[name]}")
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
+            flush()
+        held[f"model.{name}"] = tensor.contiguous()
+    flush()
+    return lacking
+
+
+def _json(path: Path, source: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        fix = "give the folder of a model that transformers saved"
+        raise RefusedInput([Problem((f"SOURCE={source}",), f"{path.name} cannot be read: {error}", fix)]) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_used(out: Path) -> None:
+    if out.exists():
+        raise RefusedInput([Problem((f"OUT={out}",), "it is there already", "name a folder that is not there")])
+
+
+def _begin(out: Path) -> Path:
+    """A folder beside it, which gets its name when all is written."""
+    writing = out.with_name(out.name + ".writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    return writing
