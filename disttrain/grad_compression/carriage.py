@@ -22,8 +22,6 @@ def carry(
 
     Generators `common` are the same on all ranks, `own` differ.
     """
-    if codec.added is not None and not lost:
-        return by_sum(codec, vectors, link, common, lost)
     carried = {"sum": by_sum, "exchange": by_exchange, "gather": by_gather}[codec.carried]
     return carried(codec, vectors, link, common if codec.carried == "sum" else own, lost)
 
@@ -33,11 +31,7 @@ def by_sum(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """One message whose numbers are added on the way."""
     codes = [codec.encode(x.unsqueeze(0), drawn(i), lost)[0] for i, x in enumerate(vectors)]
-    message = torch.cat(codes)
-    if codec.added is not None:
-        link.sum(message.view(codec.added))
-    else:
-        link.sum(message)
+    message = link.sum(torch.cat(codes))
     parts = enumerate(zip(message.split([code.numel() for code in codes]), vectors, strict=True))
     return [codec.decode(code.view(1, -1), x.numel(), x.dtype, drawn(i))[0] for i, (code, x) in parts], list(vectors)
 

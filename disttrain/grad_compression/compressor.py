@@ -100,13 +100,25 @@ class Compressor:
         if whole:
             flat = self._whole(torch.cat([self._input(*one) for one in whole]))
             _fill([gradient for _, gradient in whole], flat.split([gradient.numel() for _, gradient in whole]))
-        if coded:
+        if coded and self.codec is not None and self.codec.added is not None and not self.feedback:
+            self._add(coded, self.codec.added)
+        elif coded:
             names, inputs = [name for name, _ in coded], self._inputs(coded)
             self.link.instead_of(inputs)
             sums, lost = self._carried(names, inputs)
             self._lose(names, lost)
             self._add_known(names, sums, -1.0)
             _fill([gradient for _, gradient in coded], sums)
+
+    def _add(self, coded: Named, dtype: torch.dtype) -> None:
+        """Numbers of this type, added on the way: no code is simpler, so nothing is copied more than once."""
+        inputs = [self._input(name, gradient) for name, gradient in coded]
+        self.link.instead_of(inputs)
+        sizes = [x.numel() for x in inputs]
+        message = torch.empty(sum(sizes), dtype=dtype, device=inputs[0].device)
+        torch._foreach_copy_(list(message.split(sizes)), inputs)
+        self.link.sum(message)
+        _fill([gradient for _, gradient in coded], message.split(sizes))
 
     @torch.no_grad()
     def scatter(self, out: Tensor, rows: Tensor, named: Sequence[tuple[str, int]]) -> None:
