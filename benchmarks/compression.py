@@ -279,7 +279,7 @@ def our_engine(words: Sequence[str], tokens: Tokens) -> Loop:
         choice = codec_choice.choose(config, groups, torch.device("cpu"), "fp32", [batch(1)])
         config = with_values(config, {"compression.codec": choice.best.codec})
         chosen = {"chosen": choice.best.codec, "predicted_s": choice.best.step_s, "choosing_s": choice.seconds,
-                  "candidates": [asdict(each) for each in choice.candidates]}  # fmt: skip
+                  "speed": asdict(choice.speed), "candidates": [asdict(each) for each in choice.candidates]}  # fmt: skip
     engine = engines.build(config, groups, torch.device("cpu"), "fp32")
 
     def step(number: int) -> None:

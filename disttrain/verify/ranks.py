@@ -136,9 +136,8 @@ def _wait(workers: Sequence[tuple[BaseProcess, Connection]], folder: Path, timeo
         for rank, (process, connection) in list(pending.items()):
             if connection.poll():
                 with suppress(EOFError):
-                    good = connection.recv()
+                    connection.recv()
                     del pending[rank]
-                    failed |= not good
             if rank in pending and not process.is_alive():
                 del pending[rank]
                 failed = True
@@ -173,9 +172,9 @@ def _worker(fn: Callable, tasks: Connection, parent: int) -> None:
     gc.freeze()  # what the parent holds is no garbage: collections in a rank need not look at it
     with suppress(EOFError):
         die_with_parent(parent)
-        while True:
-            tasks.send(_rank(fn, *tasks.recv()))
-    os._exit(0)
+        while _rank(fn, *tasks.recv()):
+            tasks.send(True)
+    os._exit(1)  # after a failure: its connections end, so that the others notice
 
 
 def _rank(fn: Callable, rank: int, world_size: int, folder: Path, timeout_s: float, args: tuple) -> bool:
