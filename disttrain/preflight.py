@@ -69,7 +69,9 @@ def weights_from(config: Config) -> Path | None:
     if given is None:
         return None
     path = Path(given)
-    return path if (path / checkpoint.MANIFEST).exists() else checkpoint.newest_good(path / "checkpoints")[0]
+    if (path / checkpoint.MANIFEST).exists():
+        return path if checkpoint.damage(path) is None else None
+    return checkpoint.newest_good(path / "checkpoints")[0]
 
 
 def _weights(config: Config) -> list[Problem]:
@@ -80,9 +82,9 @@ def _weights(config: Config) -> list[Problem]:
     if config.checkpoint.resume not in ("auto", "never"):
         return [no_effect(config, "checkpoint.weights", "checkpoint.resume", "checkpoint.resume=auto")]
     name, path = setting(config, "checkpoint.weights"), weights_from(config)
-    reason = "there is no good checkpoint in it" if path is None else checkpoint.damage(path)
-    if reason or path is None:
-        return [Problem((name,), reason or "", "give a run, one of its checkpoints, or a model that `import` wrote")]
+    if path is None:
+        return [Problem((name,), "there is no good checkpoint in it",
+                        "give a run, one of its checkpoints, or a model that `import` wrote")]  # fmt: skip
     if config.model.source is not None:
         return []
     wanted = memory.parameter_shapes(config.model, range(config.model.layers)) if config.model.vocab_size else {}

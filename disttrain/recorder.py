@@ -77,8 +77,8 @@ class Recorder:
 
     def event(self, name: str, step: int, message: str, **details: Any) -> None:
         """Write an event: its name, one sentence for a person, and details (JSON values) for a program."""
-        record = {"kind": "event", "event": name, "step": step, "message": message}
-        self._emit({**record, "details": details} if details else record)
+        if self._loggers is not None:
+            self._loggers.event(name, message, step, **details)
 
     def finish(self, step: int, reason: str) -> None:
         """Write the summary."""

@@ -45,7 +45,7 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
             saved = step
             save(session, recorder, step, held_out)
         if session.choice is not None and stop is None and due(config.compression.look_every, step):
-            look_at_link(session, recorder, step)
+            look_at_link(session, recorder, step, held_out)
     if stop != "interrupted" and held_out[0] != step:
         held_out = step, recorder.evaluate(step)
     if saved != step:
@@ -59,14 +59,14 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def look_at_link(session: Session, recorder: Recorder, step: int) -> None:
+def look_at_link(session: Session, recorder: Recorder, step: int, held_out: tuple[int, float]) -> None:
     """Choose a codec anew where the link has changed, and go on from a checkpoint as after a resume."""
     assert session.choice is not None
     with recorder.excluded("choosing"):
         before, zero = session.choice, session.config.parallel.zero
         if not codec_choice.changed(before, session.groups, zero, session.device):
             return
-        path = save(session, recorder, step, (-1, 0.0))
+        path = save(session, recorder, step, held_out)
         choose_again(session)
         load(session, path)
     now = session.choice
