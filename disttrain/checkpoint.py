@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 NAME = re.compile(r"^step_(\d{8})$")
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
 FORMAT = 2
-FILE_BYTES = 1 << 30
-"""About how much of a rank's tensors one file holds: what writing it takes beside the tensors themselves."""
 
 
 class CheckpointFailed(RuntimeError):
@@ -60,7 +58,7 @@ def save(
     writer = dcp.HuggingFaceStorageWriter(str(writing), _file_of_each(sizes), save_distributed=True)
     attempt(lambda: dcp.save(tensors, storage_writer=writer) and None)
     checksums = attempt(lambda: checksums_of(writing, f"shard-{dist.get_rank() + 1:05d}-"))
-    attempt(lambda: seal(writing, final, trainer, checksums) if first else None)
+    attempt(lambda: _finish(writing, final, trainer, checksums) if first else None)
     attempt(lambda: prune(folder, keep, every, best) if first else None)
     return final
 
@@ -203,7 +201,7 @@ def _file_of_each(sizes: list[dict[str, int]]) -> dict[str, int]:
             largest[name] = max(largest.get(name, 0), size)
     before, files = 0, {}
     for name, size in largest.items():
-        files[name] = 1 + before // FILE_BYTES
+        files[name] = 1 + before // checkpoint_contents.FILE_BYTES
         before += size
     return files
 
@@ -213,13 +211,17 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def seal(writing: Path, final: Path, trainer: dict[str, Any], checksums: list[dict[str, list[int]]]) -> None:
-    """Describe what was written and give it its final name."""
+def describe(writing: Path, trainer: dict[str, Any], checksums: list[dict[str, list[int]]]) -> None:
+    """Write what is beside the tensors: the trainer's part, and the sizes and checksums of all files."""
     files = {name: check for rank in checksums for name, check in rank.items()}
     _write(writing / TRAINER, json.dumps(trainer, indent=1))
     files |= checksums_of(writing, TRAINER)
     _write(writing / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
     _sync_folder(writing)
+
+
+def _finish(writing: Path, final: Path, trainer: dict[str, Any], checksums: list[dict[str, list[int]]]) -> None:
+    describe(writing, trainer, checksums)
     if final.exists():  # the same step again, after a resume from an older checkpoint
         shutil.rmtree(final)
     writing.rename(final)

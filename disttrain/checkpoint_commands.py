@@ -1,7 +1,6 @@
 """`disttrain checkpoint`: what is in a checkpoint, whether it is whole, how two differ, and as few files."""
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,28 +135,13 @@ def convert(
         raise RefusedInput([Problem((f"OUT={out}",), "it is there already", "name a folder that is not there")])
     if (reason := checkpoint.damage(folder)) is not None:
         raise RefusedInput([Problem((f"PATH={folder}",), reason, "take another checkpoint")])
-    writing = out.with_name(out.name + ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    try:
-        _write_whole(_entries(folder), writing)
-        trainer = json.loads((folder / checkpoint.TRAINER).read_text())
-        checkpoint.seal(writing, out, trainer, [checkpoint.checksums_of(writing, "shard-")])
-    except BaseException:
-        shutil.rmtree(writing, ignore_errors=True)
-        raise
+    trainer = json.loads((folder / checkpoint.TRAINER).read_text())
+    with checkpoint_contents.appearing(out) as writing:
+        named = ((entry.name, values) for entry, values in _tensors(_entries(folder).values(), "writing"))
+        for number, tensors in enumerate(checkpoint_contents.in_files(named), start=1):
+            checkpoint_contents.write(tensors, writing / f"shard-00001-model-{number:05d}.safetensors")
+        checkpoint.describe(writing, trainer, [checkpoint.checksums_of(writing, "shard-")])
     typer.echo(f"written: {out}")
-
-
-def _write_whole(held: dict[str, Entry], folder: Path) -> None:
-    groups: list[list[Entry]] = [[]]
-    for entry in held.values():
-        if sum(e.nbytes for e in groups[-1]) + entry.nbytes > checkpoint.FILE_BYTES and groups[-1]:
-            groups.append([])
-        groups[-1].append(entry)
-    for number, group in enumerate(groups, start=1):
-        tensors = {entry.name: values for entry, values in _tensors(group, f"file {number}/{len(groups)}")}
-        checkpoint_contents.write(tensors, folder / f"shard-00001-model-{number:05d}.safetensors")
 
 
 def export(

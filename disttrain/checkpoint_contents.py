@@ -5,7 +5,9 @@ Every file is safetensors; its header says where each tensor's part begins in th
 
 import json
 import math
-from contextlib import ExitStack, suppress
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,13 +79,41 @@ def entries(path: Path) -> dict[str, Entry]:
     return found
 
 
+FILE_BYTES = 1 << 30
+"""About how much one file holds: what writing it takes beside the tensors themselves."""
+
+
+def in_files(tensors: "Iterable[tuple[str, Tensor]]") -> "Iterator[dict[str, Tensor]]":
+    """The tensors of one file after the other, each asked for when its file's turn has come."""
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
+            yield held
+            held = {}
+        held[name] = tensor.contiguous()
+    yield held
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written, and is gone when that fails."""
+    writing = out.with_name(out.name + ".writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+        writing.rename(out)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+
+
 def write(tensors: "dict[str, Tensor]", path: Path) -> None:
-    """A file of whole tensors."""
+    """A file of whole, contiguous tensors."""
     from safetensors.torch import save_file
 
     places = {name: {"saved_offsets": [0] * tensor.ndim} for name, tensor in tensors.items()}
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, {PLACES: json.dumps(places), VERSION: "1.0", "format": "pt"})
+    save_file(tensors, path, {PLACES: json.dumps(places), VERSION: "1.0", "format": "pt"})
 
 
 class Reader:

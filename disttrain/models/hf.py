@@ -26,21 +26,16 @@ def from_hugging_face(family: Family, state: Mapping[str, Tensor], config: Model
 
     Raises ValueError listing the names that are missing or not understood.
     """
-    known = _with_ties(family, {_modern(family, n): t for n, t in state.items() if not n.endswith(_BUFFERS)})
-    rows = _rows(family, config.layers)
-    expected = {name for row in rows for name in row.theirs} | set(_TIES[family])
-    missing, unknown = sorted(expected - known.keys()), sorted(known.keys() - expected)
-    if missing or unknown:
-        raise ValueError(f"not a {family} state dict of {config.layers} layers: missing {missing}, unknown {unknown}")
-    return {row.ours: row.to_ours([known[name] for name in row.theirs], config.heads) for row in rows}
+    ours = dict(read(family, state.keys(), state.__getitem__, config))
+    found = {name: tensor for name, tensor in ours.items() if tensor is not None}
+    if lacking := sorted(ours.keys() - found.keys()):
+        raise ValueError(f"not a {family} state dict with all heads: missing {lacking}")
+    return {**found, "head.decoder.weight": found["embed.tokens.weight"]}
 
 
 def to_hugging_face(family: Family, state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The Hugging Face state dict for ours, tied names included. Raises KeyError for a name that is missing."""
-    theirs: dict[str, Tensor] = {}
-    for row in _rows(family, config.layers):
-        theirs.update(zip(row.theirs, row.to_theirs(state[row.ours], config.heads), strict=True))
-    return _with_ties(family, theirs)
+    return _with_ties(family, dict(written(family, state.__getitem__, config)))
 
 
 def written(family: Family, read: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

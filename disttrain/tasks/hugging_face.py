@@ -18,14 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from disttrain import checkpoint, checkpoint_contents, data
-from disttrain.config.load import load
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config, Family, ModelConfig
 from disttrain.data import Tokenizer
 from disttrain.models import hf, initial_value
+from disttrain.tasks.trained import trained_checkpoint
 
-FILE_BYTES = 1 << 30
-"""About how much one file holds, and so how much memory it takes."""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TYPES: dict[str, Family] = {"gpt2": "gpt", "bert": "bert"}
 """`model_type` of a config.json, and our family."""
@@ -40,11 +38,7 @@ UNLIKE: dict[str, tuple[tuple[str, Any], ...]] = {
 
 def export(run: Path, out: Path) -> list[Path]:
     """Write the newest good checkpoint of a run as a Hugging Face model; the files. Raises RefusedInput."""
-    path, damaged = checkpoint.newest_good(run / "checkpoints")
-    if path is None or not (run / "config.yaml").is_file():
-        reason = f"no checkpoint can be used ({'; '.join(damaged)})" if damaged else "there is no checkpoint in it"
-        raise RefusedInput([Problem((f"RUN={run}",), reason, "give the folder of a run, such as runs/gpt_tiny")])
-    config = load(run / "config.yaml")
+    config, path = trained_checkpoint(run)
     if config.model.source is not None:
         raise RefusedInput([Problem((f"model.source={config.model.source}",), "transformers has no such model",
                                     "export a model of one of the families")])  # fmt: skip
@@ -57,41 +51,30 @@ def export(run: Path, out: Path) -> list[Path]:
         found = checkpoint_contents.tensor(held[f"model.{name}"])
         return found.float() if found.dtype == torch.float64 else found
 
-    writing = _begin(out)
-    _write_weights(hf.written(config.model.family, ours, config.model), writing)
-    (writing / "config.json").write_text(json.dumps(_their_config(config.model, tokenizer), indent=2))
-    shutil.copyfile(tokenizer_json, writing / "tokenizer.json")
-    (writing / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(config.model, tokenizer), indent=2))
-    writing.rename(out)
+    with checkpoint_contents.appearing(out) as writing:
+        _write_weights(hf.written(config.model.family, ours, config.model), writing)
+        (writing / "config.json").write_text(json.dumps(_their_config(config.model, tokenizer), indent=2))
+        shutil.copyfile(tokenizer_json, writing / "tokenizer.json")
+        (writing / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(config.model, tokenizer), indent=2))
     return sorted(out.iterdir())
 
 
 def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    parts: list[Path] = []
-    places: dict[str, Path] = {}
-    held: dict[str, Tensor] = {}
+    """model.safetensors, or several files and their index."""
+    places: list[list[str]] = []
     total = 0
-
-    def flush() -> None:
-        parts.append(folder / f"part{len(parts)}")
-        save_file(held, parts[-1], {"format": "pt"})
-        places.update(dict.fromkeys(held, parts[-1]))
-        held.clear()
-
-    for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
-            flush()
-        held[name] = tensor.contiguous()
-        total += tensor.nbytes
-    flush()
-    names = {part: f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i, part in enumerate(parts, start=1)}
-    if len(parts) == 1:
-        names = {parts[0]: SINGLE}
-    else:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: names[part] for name, part in places.items()}}
+    for held in checkpoint_contents.in_files(tensors):
+        save_file(held, folder / f"part{len(places)}", {"format": "pt"})
+        places.append(list(held))
+        total += sum(tensor.nbytes for tensor in held.values())
+    count = len(places)
+    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    for number, file in enumerate(files):
+        (folder / f"part{number}").rename(folder / file)
+    if count > 1:
+        weight_map = {name: file for file, names in zip(files, places, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
-    for part, name in names.items():
-        part.rename(folder / name)
 
 
 def _their_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -129,29 +112,26 @@ def import_model(source: Path, out: Path) -> list[str]:
     description = _json(source / "config.json", source)
     model = _our_model(description, source)
     loaders = _loaders(source)
-    tokenizer = next((p for p in (source / "tokenizer.json",) if p.is_file()), None)
+    tokenizer = source / "tokenizer.json"
     _refuse_used(out)
-    writing, lacking = _begin(out), []
-    final = writing / "checkpoints" / "step_00000000"
-    folder = final.with_name("writing")
-    folder.mkdir(parents=True)
-    try:
-        found = hf.read(model.family, loaders.keys(), lambda name: loaders[name]().float(), model)
-        lacking = _write_ours(found, model, folder)
-    except (ValueError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(writing, ignore_errors=True)
-        fix = "import a model that transformers saved as GPT-2 or BERT"
-        raise RefusedInput([Problem((f"SOURCE={source}",), str(error), fix)]) from error
-    checkpoint.seal(folder, final, {"step": 0}, [checkpoint.checksums_of(folder, "shard-")])
-    settings: dict[str, Any] = {"model": model.model_dump(mode="json", exclude_defaults=True), "data": {}}
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, writing / "tokenizer.json")
-        name = "gpt2" if model.family == "gpt" else "bert"
-        settings["data"] = {"tokenizer": name, "tokenizer_path": str(out / "tokenizer.json")}
-    settings["data"] |= {"corpus": "python-docs", "sequence_length": min(model.max_positions, 1024)}
+    settings: dict[str, Any] = {"model": model.model_dump(mode="json", exclude_defaults=True)}
+    settings["data"] = {"corpus": "python-docs", "sequence_length": min(model.max_positions, 1024)}
     settings |= {"train": {"steps": 1000}, "checkpoint": {"weights": str(out)}, "run": {"name": out.name}}
-    (writing / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    writing.rename(out)
+    with checkpoint_contents.appearing(out) as writing:
+        folder = writing / "checkpoints" / "step_00000000"
+        folder.mkdir(parents=True)
+        try:
+            found = hf.read(model.family, loaders.keys(), lambda name: loaders[name]().float(), model)
+            lacking = _write_ours(found, model, folder)
+        except (ValueError, SafetensorError, RuntimeError) as error:
+            fix = "import a model that transformers saved as GPT-2 or BERT"
+            raise RefusedInput([Problem((f"SOURCE={source}",), str(error), fix)]) from error
+        checkpoint.describe(folder, {"step": 0}, [checkpoint.checksums_of(folder, "shard-")])
+        if tokenizer.is_file():
+            shutil.copyfile(tokenizer, writing / "tokenizer.json")
+            name = "gpt2" if model.family == "gpt" else "bert"
+            settings["data"] |= {"tokenizer": name, "tokenizer_path": str(out / "tokenizer.json")}
+        (writing / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return lacking
 
 
@@ -223,24 +203,19 @@ def _write_ours(found: Iterator[tuple[str, Tensor | None]], model: ModelConfig, 
     from disttrain.memory import parameter_shapes
 
     shapes = parameter_shapes(model, range(model.layers))
-    lacking, held, number = [], {}, 0
+    lacking: list[str] = []
 
-    def flush() -> None:
-        nonlocal number
-        number += 1
-        checkpoint_contents.write(held, folder / f"shard-00001-model-{number:05d}.safetensors")
-        held.clear()
+    def ours() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in found:
+            if tensor is None:
+                lacking.append(name)
+                tensor = initial_value(model, name, torch.Size(shapes[name]), Config().run.seed)
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and its config.json says {shapes[name]}")
+            yield f"model.{name}", tensor
 
-    for name, tensor in found:
-        if tensor is None:
-            lacking.append(name)
-            tensor = initial_value(model, name, torch.Size(shapes[name]), Config().run.seed)
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and its config.json says {shapes[name]}")
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
-            flush()
-        held[f"model.{name}"] = tensor.contiguous()
-    flush()
+    for number, tensors in enumerate(checkpoint_contents.in_files(ours()), start=1):
+        checkpoint_contents.write(tensors, folder / f"shard-00001-model-{number:05d}.safetensors")
     return lacking
 
 
@@ -256,11 +231,3 @@ def _json(path: Path, source: Path) -> dict[str, Any]:
 def _refuse_used(out: Path) -> None:
     if out.exists():
         raise RefusedInput([Problem((f"OUT={out}",), "it is there already", "name a folder that is not there")])
-
-
-def _begin(out: Path) -> Path:
-    """A folder beside it, which gets its name when all is written."""
-    writing = out.with_name(out.name + ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    return writing

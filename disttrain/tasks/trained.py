@@ -24,15 +24,20 @@ class Trained:
     step: int
 
 
-def load_trained(folder: Path) -> Trained:
-    """Load a run's newest good checkpoint on the CPU. Raises RefusedInput where there is none."""
+def trained_checkpoint(folder: Path) -> tuple[Config, Path]:
+    """A run's config and its newest good checkpoint. Raises RefusedInput where there is none."""
     path, damaged = checkpoint.newest_good(folder / "checkpoints")
     if path is None or not (folder / "config.yaml").is_file():
         reason = f"no checkpoint can be used ({'; '.join(damaged)})" if damaged else "there is no checkpoint in it"
         raise RefusedInput(
             [Problem((f"run {folder}",), reason, "give the folder of a trained run, such as runs/gpt_tiny")]
         )
-    config = load(folder / "config.yaml")
+    return load(folder / "config.yaml"), path
+
+
+def load_trained(folder: Path) -> Trained:
+    """Load a run's newest good checkpoint on the CPU. Raises RefusedInput where there is none."""
+    config, path = trained_checkpoint(folder)
     model = build_model(config.model, config.run.seed, torch.float64 if config.precision == "fp64" else torch.float32)
     weights = {name: value for name, value in model.state_dict().items() if name not in model.tied}
     trainer = checkpoint.load(path, {"model": weights})  # in place: these are the model's own tensors

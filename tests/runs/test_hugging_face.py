@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from disttrain import checkpoint
+from disttrain import checkpoint, checkpoint_contents
 from disttrain.config.problems import RefusedInput
 from disttrain.data.tokenizer import byte_tokenizer_json
 from disttrain.tasks import hugging_face
@@ -116,7 +116,7 @@ def test_heads_that_lack_are_drawn_and_named(here: Workplace, kind: str) -> None
 def test_no_file_is_larger_than_it_may_be(here: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     """So one tensor, or that much, is what is in memory at a time."""
     theirs = their_gpt(Path("theirs"))
-    monkeypatch.setattr(hugging_face, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint_contents, "FILE_BYTES", 20_000)
     hugging_face.import_model(Path("theirs"), Path("ours"))
     hugging_face.export(Path("ours"), Path("back"))
     largest = max(weight.nbytes for weight in theirs.state_dict().values())
