@@ -13,7 +13,6 @@ Writes compression_<hardware>_<yyyymm>.{json,md} after each part; parts that are
 
 import argparse
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -110,20 +109,10 @@ def between_hosts(count: int, rate: str, options: argparse.Namespace, names: Seq
     variants = {name: VARIANTS[name] for name in names if "orovod" not in name or report.version("horovod")}
     with tempfile.TemporaryDirectory() as scratch, Hosts(Path(scratch), count) as hosts:
         hosts.limit(None if rate in ("off", CURVE) else rate)
-        ranks = []
-        for rank, name in enumerate(hosts.names):
-            environment = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29512", "GLOO_SOCKET_IFNAME": "eth0",
-                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-            }  # fmt: skip
-            told = {name: getattr(options, name) for name in ("steps", "sequences", "text")}
-            told["curve"] = options.curve if rate == CURVE else 0
-            words = ["--rank", json.dumps(variants), json.dumps(told)]
-            script = shlex.join([sys.executable, str(HERE / "compression.py"), *words])
-            named = ["unshare", "--uts", "sh", "-c", f"hostname {name}; exec {script}"]
-            command = ["ip", "netns", "exec", name, *named]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        told = {name: getattr(options, name) for name in ("steps", "sequences", "text")}
+        told["curve"] = options.curve if rate == CURVE else 0
+        command = [sys.executable, str(HERE / "compression.py"), "--rank", json.dumps(variants), json.dumps(told)]
+        ranks = [hosts.start(rank, command, 29512, stdout=subprocess.PIPE) for rank in range(count)]
         outputs = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise SystemExit(f"a rank failed: {[rank.returncode for rank in ranks]}")

@@ -1,8 +1,12 @@
 """Hosts on one machine: network namespaces with own names and a link that can be limited, reached without ssh."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Hosts:
@@ -22,6 +26,17 @@ class Hosts:
         network = f"{self.net}.0/24"
         return ["--mca", "plm_rsh_agent", str(self.agent), "--mca", "oob_tcp_if_include", network, "--mca",
                 "btl_tcp_if_include", network, "--map-by", "node", "--host", ",".join(self.names)]  # fmt: skip
+
+    def start(self, rank: int, command: list[str], port: int, **options: Any) -> subprocess.Popen:
+        """Start a command on a host as the one rank there, as a launcher would."""
+        name = self.names[rank]
+        environment = {
+            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(self.names)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": self.addresses[0], "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "eth0",
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        named = ["unshare", "--uts", "sh", "-c", f"hostname {name}; exec {shlex.join(command)}"]
+        return subprocess.Popen(["ip", "netns", "exec", name, *named], env=environment, text=True, **options)
 
     def limit(self, rate: str | None) -> None:
         """Let each host send and receive at most so much, as tc writes it ("100mbit"), or as much as it can."""

@@ -1,7 +1,6 @@
 """Between hosts: bytes that are counted are those on the wire, and `auto` knows a slow link from a fast one."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -72,14 +71,8 @@ def on_hosts(folder: Path, count: int, rate: str | None, script: str, *words: st
     (folder / "rank.py").write_text(script)
     with Hosts(folder, count) as hosts:
         hosts.limit(rate)
-        ranks = []
-        for rank, name in enumerate(hosts.names):
-            environment = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": hosts.addresses[0],
-                "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-            }  # fmt: skip
-            command = ["ip", "netns", "exec", name, sys.executable, str(folder / "rank.py"), *words]
-            ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        command = [sys.executable, str(folder / "rank.py"), *words]
+        ranks = [hosts.start(rank, command, 29511, cwd=ROOT, stdout=subprocess.PIPE) for rank in range(count)]
         outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * count
     return [[json.loads(line) for line in output.splitlines()] for output in outputs]
@@ -110,15 +103,8 @@ def test_auto_chooses_anew_when_the_link_changes(tmp_path: Path) -> None:
     """A run of two hosts whose link becomes slow under way."""
     (tmp_path / "run.yaml").write_text(CONFIG)
     with Hosts(tmp_path, 2) as hosts:
-        ranks = []
-        for rank, name in enumerate(hosts.names):
-            environment = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29513", "GLOO_SOCKET_IFNAME": "eth0",
-                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-            }  # fmt: skip
-            command = ["ip", "netns", "exec", name, sys.executable, "-m", "disttrain", "train", "run.yaml"]
-            ranks.append(subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL))
+        command = [sys.executable, "-m", "disttrain", "train", "run.yaml"]
+        ranks = [hosts.start(rank, command, 29513, cwd=tmp_path, stdout=subprocess.DEVNULL) for rank in range(2)]
         metrics = tmp_path / "runs" / "auto" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and '"step": 6,' in metrics.read_text(), ranks[0])
         hosts.limit("50mbit")
