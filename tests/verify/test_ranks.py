@@ -2,12 +2,13 @@
 
 import os
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from disttrain.verify.ranks import RanksFailed, run_ranks
+from disttrain.verify.ranks import Ranks, RanksFailed, run_ranks
 
 
 def total(rank: int, number: int) -> int:
@@ -61,3 +62,12 @@ def test_ranks_that_wait_are_told_with_their_place() -> None:
     assert "all_reduce" in failed.value.waiting[0]
     assert "wait" in failed.value.waiting[1]
     assert time.monotonic() - started < 15
+
+
+def test_new_ranks_meet_old_ones_whatever_the_parent_did_before() -> None:
+    alone, short = dist.HashStore(), timedelta(seconds=0.1)
+    with pytest.raises(RuntimeError):  # nobody comes; torch has counted a group all the same
+        dist.init_process_group("gloo", store=alone, rank=0, world_size=2, timeout=short)
+    with Ranks(total) as ranks:
+        assert ranks.run(1, 5, timeout_s=30) == [5]
+        assert ranks.run(2, 5, timeout_s=30) == [11, 11]
