@@ -32,22 +32,24 @@ class CheckpointFailed(RuntimeError):
 
 
 def save(
-    folder: Path, step: int, tensors: dict[str, Any], trainer: dict[str, Any], keep: int, every: int = 0, best: int = 0
-) -> Path:
+    folder: Path, step: int, tensors: dict[str, Any], trainer: dict[str, Any], keep: int, every: int = 0, best: int = 0,
+    group: Any = None,
+) -> Path:  # fmt: skip
     """Write checkpoint number `step` below `folder` together with all ranks; drop those that `prune` does.
 
-    `tensors` is what DCP shards (model and optimizer), `trainer` what JSON holds. Raises CheckpointFailed.
+    `tensors` is what DCP shards (model and optimizer), `trainer` what JSON holds. `group` is a process group of all ranks
+    of its own, for a thread beside training. Raises CheckpointFailed.
     """
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
-    final = folder / f"step_{step:08d}"
+    final = path_of(folder, step)
     writing = final.with_name(final.name + ".writing")
     first = dist.get_rank() == 0
 
     def attempt(action: Callable[[], Any]) -> list[Any]:
         try:
-            return _together(action, f"the checkpoint of step {step} could not be written")
+            return _together(action, f"the checkpoint of step {step} could not be written", group)
         except CheckpointFailed:
             if first:
                 shutil.rmtree(writing, ignore_errors=True)
@@ -56,7 +58,7 @@ def save(
     attempt(lambda: _make_empty(writing) if first else None)
     sizes = attempt(lambda: _sizes(tensors))
     writer = dcp.HuggingFaceStorageWriter(str(writing), _file_of_each(sizes), save_distributed=True)
-    attempt(lambda: dcp.save(tensors, storage_writer=writer) and None)
+    attempt(lambda: dcp.save(tensors, storage_writer=writer, process_group=group) and None)
     checksums = attempt(lambda: checksums_of(writing, f"shard-{dist.get_rank() + 1:05d}-"))
     attempt(lambda: _finish(writing, final, trainer, checksums) if first else None)
     attempt(lambda: prune(folder, keep, every, best) if first else None)
@@ -91,6 +93,11 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
             return path, damaged
         damaged.append(f"{path.name}: {reason}")
     return None, damaged
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, below the folder of a run's checkpoints."""
+    return folder / f"step_{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -156,7 +163,7 @@ def prune(folder: Path, keep: int, every: int = 0, best: int = 0) -> None:
         shutil.rmtree(doomed)
 
 
-def _together(action: Callable[[], Any], failed: str) -> list[Any]:
+def _together(action: Callable[[], Any], failed: str, group: Any = None) -> list[Any]:
     """What the action gave on every rank; all ranks raise CheckpointFailed together if it failed on one."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -167,7 +174,7 @@ def _together(action: Callable[[], Any], failed: str) -> list[Any]:
         outcome = action()
     except (Exception, dcp.api.CheckpointException) as error:  # CheckpointException is no Exception
         outcome = CheckpointFailed(f"{failed}: {_root_cause(error)}")
-    outcomes = gather_objects(outcome) if dist.is_initialized() else [outcome]
+    outcomes = gather_objects(outcome, group) if dist.is_initialized() else [outcome]
     if failures := [o for o in outcomes if isinstance(o, CheckpointFailed)]:
         raise failures[0]
     return outcomes

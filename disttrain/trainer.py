@@ -11,6 +11,7 @@ from disttrain.interruption import Interruption
 from disttrain.optim import learning_rate
 from disttrain.parallel.collectives import any_rank
 from disttrain.recorder import Recorder
+from disttrain.saving import Saver
 
 
 def train(session: Session, recorder: Recorder, interruption: Interruption, start: int = 0) -> str:
@@ -18,6 +19,12 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
 
     Raises Diverged when the loss is no longer a number, CheckpointFailed when a checkpoint cannot be written.
     """
+    folder = preflight.run_folder(session.config) / "checkpoints"
+    with Saver(folder, session.config.checkpoint, session.device) as saver:
+        return _train(session, recorder, interruption, saver, start)
+
+
+def _train(session: Session, recorder: Recorder, interruption: Interruption, saver: Saver, start: int) -> str:
     config = session.config
     steps = total_steps(config)
     assert steps is not None  # preflight refuses a run without a length
@@ -33,7 +40,9 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
         rate = learning_rate(config.optim, step, steps)
         result = session.engine.step(micro_batches, step, rate)
         asked = interruption.requested or interruption.hosts_changed
-        interrupted, late = any_rank(asked, recorder.over_time(config.train.seconds))
+        interrupted, late, unsaved = any_rank(asked, recorder.over_time(config.train.seconds), saver.failed)
+        if unsaved:
+            saver.wait()  # raises on every rank
         stop = "interrupted" if interrupted else "steps" if step == steps else "time" if late else None
         evaluate, checkpointed = due(config.train.eval_every, step), due(config.checkpoint.every, step)
         recorder.end_step(step, rate, result, needed=bool(stop or evaluate or checkpointed))
@@ -43,13 +52,14 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
                 stop = stop or "target_loss"
         if checkpointed:
             saved = step
-            save(session, recorder, step, held_out)
+            save(session, recorder, saver, step, held_out, beside=stop is None)
+        report_saved(recorder, saver)
         if session.choice is not None and stop is None and due(config.compression.look_every, step):
-            look_at_link(session, recorder, step, held_out)
+            look_at_link(session, recorder, saver, step, held_out)
     if stop != "interrupted" and held_out[0] != step:
         held_out = step, recorder.evaluate(step)
     if saved != step:
-        save(session, recorder, step, held_out)
+        save(session, recorder, saver, step, held_out, beside=False)
     recorder.finish(step, stop)
     return stop
 
@@ -59,14 +69,14 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def look_at_link(session: Session, recorder: Recorder, step: int, held_out: tuple[int, float]) -> None:
+def look_at_link(session: Session, recorder: Recorder, saver: Saver, step: int, held_out: tuple[int, float]) -> None:
     """Choose a codec anew where the link has changed, and go on from a checkpoint as after a resume."""
     assert session.choice is not None
     with recorder.excluded("choosing"):
         before, zero = session.choice, session.config.parallel.zero
         if not codec_choice.changed(before, session.groups, zero, session.device):
             return
-        path = save(session, recorder, step, held_out)
+        path = save(session, recorder, saver, step, held_out, beside=False)
         choose_again(session)
         load(session, path)
     now = session.choice
@@ -74,17 +84,27 @@ def look_at_link(session: Session, recorder: Recorder, step: int, held_out: tupl
     recorder.event("codec_chosen", step, message, **asdict(now))
 
 
-def save(session: Session, recorder: Recorder, step: int, held_out: tuple[int, float]) -> Path:
-    """Write a checkpoint of this step, with all ranks, and with the held-out loss if that is of this step; where."""
+def save(
+    session: Session, recorder: Recorder, saver: Saver, step: int, held_out: tuple[int, float], beside: bool
+) -> Path:
+    """Write a checkpoint of this step, with all ranks, and with the held-out loss if that is of this step; where.
+
+    It may be written `beside` the next steps, or is waited for.
+    """
     with recorder.excluded("checkpoint"):
         state = session.engine.state_dict()
         loss = held_out[1] if held_out[0] == step else None
         trainer = {"step": step, "eval_loss": loss, "metrics": recorder.state_dict(), "engine": state.pop("engine")}
-        folder = preflight.run_folder(session.config) / "checkpoints"
-        kept = session.config.checkpoint
-        path = checkpoint.save(folder, step, state, trainer, kept.keep, kept.keep_every, kept.keep_best)
-    recorder.event("checkpoint_saved", step, f"checkpoint saved: {path}")
-    return path
+        saver.save(step, state, trainer, beside)
+    report_saved(recorder, saver)
+    return checkpoint.path_of(saver.folder, step)
+
+
+def report_saved(recorder: Recorder, saver: Saver) -> None:
+    """An event for each checkpoint that is written by now."""
+    for saved in saver.take_done():
+        message, seconds = f"checkpoint saved: {saved.path}", saved.write_seconds
+        recorder.event("checkpoint_saved", saved.step, message, write_seconds=seconds)
 
 
 def restore(session: Session, recorder: Recorder) -> int:

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"parallel"},
     {"engines"},
     {"checkpoint", "metrics", "loggers", "report", "codec_choice"},
-    {"assembly", "preflight", "overview", "doctor"},
+    {"assembly", "preflight", "overview", "doctor", "saving"},
     {"header", "recorder"},
     {"trainer"},
     {"tasks", "run", "slurm_script"},

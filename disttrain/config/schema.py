@@ -270,6 +270,9 @@ class CheckpointConfig(Section):
 
     every: NonNegative = 0
     """Steps between checkpoints; 0 saves at the end and on interruption only."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, which takes as much of the host's memory once more as the state has; the one
+    at the end is waited for."""
     keep: Positive = 3
     """Newest checkpoints that are kept."""
     keep_every: NonNegative = 0

@@ -174,8 +174,8 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(vote) for vote in votes)
 
 
-def gather_objects(value: object) -> list:
-    """The value of every rank, in order of rank, on every rank."""
+def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """The value of every rank, in order of rank, on every rank; over a group of all ranks, if given."""
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered

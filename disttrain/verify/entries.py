@@ -78,14 +78,12 @@ def compare_loaded(ledger: Ledger, loaded: Loaded, following: Following, referen
         for name, count in counts.items():
             ledger.exact("checkpoint", SAVED, name, count, float(wanted[name]), at)
     met = {name for _, counts in loaded.said for name in counts}
-    kinds = {"weight", *moments_of(reference)}
-    for name in sorted(name for name in wanted.keys() - met if kind_of(name) not in kinds):
+    moments = moments_of(reference)
+    for name in sorted(name for name in wanted.keys() - met if kind_of(name) not in ("weight", *moments)):
         ledger.exact("checkpoint", SAVED, name, None, float(wanted[name]), "it is missing")
     ledger.tensors("weights", SAVED, loaded.weights, following.weights, reference.tied, "as loaded")
     compare_copies(ledger, "replicas", SAVED, loaded.apart)
-    compare_state(
-        ledger, loaded.moments, {name: wanted[name] for name in wanted if kind_of(name) in moments_of(reference)}
-    )
+    compare_state(ledger, loaded.moments, {name: wanted[name] for name in wanted if kind_of(name) in moments})
 
 
 def moments_of(reference: Reference) -> list[str]:
