@@ -80,8 +80,9 @@ TEXTS = ["", " ", "corpus", "corpus/*", "corpus/text.txt", "../..", "~nobody/x",
          "x" * 5000, "model.py:Model", "null", "bert-tiny", "gpt2-124m", "gpt3-175b"]  # fmt: skip
 NUMBERS = [0, 1, 2, 3, 4, 8, 16, 64, -1, 10**6, 10**9, 10**15, 2**63, 2**64, 10**30, 10**400, 0.0, 0.1, 0.5, 1.0, -0.5,
            1e-300, 1e30, 1e308]  # fmt: skip
-plain = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(NUMBERS) | st.sampled_from(TEXTS) | st.text(max_size=20).filter(lambda text: text[:1] not in "/~")
+plain = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(NUMBERS), st.sampled_from(TEXTS),
+    st.text(max_size=20).filter(lambda text: text[:1] not in "/~"),
 )  # fmt: skip
 junk = st.recursive(
     plain, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | plain, inner, max_size=4),
