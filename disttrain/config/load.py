@@ -94,7 +94,7 @@ def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
 
 def _read(path: Path, problems: list[Problem]) -> dict[str, Any]:
     try:
-        tree = _parsed(path.read_text(encoding="utf-8"))
+        tree = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = [str(p) for p in sorted(path.parent.glob("*.y*ml"))][:5] if path.parent.is_dir() else []
         fix = f"give one of: {', '.join(near)}" if near else "check the path"
@@ -118,7 +118,7 @@ def _read(path: Path, problems: list[Problem]) -> dict[str, Any]:
     return {}
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """The value of a YAML text. Raises YAMLError, also for what PyYAML itself stumbles over."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -135,7 +135,7 @@ def _override(tree: dict[str, Any], word: str, problems: list[Problem]) -> None:
         problems.append(Problem((word or "''",), "an override has the form key=value", "for example optim.lr=3e-4"))
         return
     try:
-        value = _parsed(text) if text else None
+        value = parsed(text) if text else None
     except yaml.YAMLError:
         problems.append(Problem((word,), "the value is not valid YAML", "quote it: 'key=\"value\"'"))
         return
