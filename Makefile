@@ -8,9 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-REAL := tests/cluster tests/launchers tests/engines
+REAL := tests/cluster tests/launchers tests/engines tests/faults
 
-.PHONY: demo test test-real check bench verify verify-bert golden clean
+.PHONY: demo test test-real check bench verify verify-bert chaos golden clean
 
 demo: $(READY)
 	$(BIN)/disttrain demo configs/gpt_tiny.yaml --nproc 2
@@ -37,6 +37,10 @@ verify: $(READY)
 
 verify-bert: $(READY)
 	$(BIN)/disttrain verify configs/verify_bert.yaml --matrix full --resume
+
+# an hour of killed ranks, spoiled checkpoints and full disks, in one layout after the other
+chaos: $(READY)
+	$(BIN)/python -m tests.faults.chaos --seconds 3600
 
 golden: $(READY)
 	$(BIN)/python tests/golden/regenerate.py

@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from disttrain import checkpoint_contents
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = re.compile(r"^step_(\d{8})$")
+FILE_NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
 FORMAT = 2
 
@@ -106,31 +107,45 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step at which a whole checkpoint was taken, whatever its folder is called."""
-    return json.loads((path / TRAINER).read_text())["step"]
+    """The step at which a whole checkpoint was taken, whatever its folder is called. Raises OSError or ValueError."""
+    step = _described(path / TRAINER).get("step")
+    if type(step) is not int:
+        raise ValueError(f"{TRAINER} says no step")
+    return step
 
 
 def held_out_loss(path: Path) -> float | None:
     """The loss at which a checkpoint was taken; None where it is not known or no number."""
     try:
-        loss = json.loads((path / TRAINER).read_text()).get("eval_loss")
+        loss = _described(path / TRAINER).get("eval_loss")
     except (OSError, ValueError):
         return None
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None if every file has the size and CRC-32 that the manifest states."""
+    """Why a checkpoint cannot be used, or None if every file has the size and CRC-32 that the manifest states. One line."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files: dict[str, list[int]] = manifest["files"]
-        if manifest["format"] != FORMAT:
-            return f"it has format {manifest['format']}, and this version reads format {FORMAT}"
-        json.loads((path / TRAINER).read_text())
+        manifest = _described(path / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            return f"it has format {manifest.get('format')!r}, and this version reads format {FORMAT}"
+        files = manifest.get("files")
+        if not _names_files(files):
+            return "its manifest is no list of files with their sizes and checksums"
+        step_of(path)
+        return _wrong(path, files)
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its description is unreadable ({type(error).__name__})"
+    except OSError as error:
+        return f"{Path(str(error.filename)).name} cannot be read ({error.strerror})"
+    except ValueError as error:
+        return f"its description is unreadable ({error})"
+
+
+def _wrong(path: Path, files: dict[str, list[int]]) -> str | None:
+    """The first file that is not what the manifest says. Raises OSError."""
+    for name in sorted({TRAINER, *(file.name for file in path.glob("*.safetensors"))} - files.keys()):
+        return f"{name} is not in its manifest"
     for name, (size, checksum) in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -139,6 +154,25 @@ def damage(path: Path) -> str | None:
         if _crc32(path / name) != checksum:
             return f"{name} has another checksum than when it was written"
     return None
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What a JSON file says. Raises OSError, and ValueError where it is no JSON object."""
+    try:
+        found = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return found
+
+
+def _names_files(files: Any) -> TypeGuard[dict[str, list[int]]]:
+    """Whether a manifest's list is one: names without folders, so that nothing outside is ever opened, and whole numbers."""
+    return isinstance(files, dict) and all(
+        FILE_NAME.match(name) and isinstance(check, list) and [type(number) for number in check] == [int, int]
+        for name, check in files.items()
+    )
 
 
 def clean(folder: Path) -> None:

@@ -30,7 +30,6 @@ def inspect(
 
     folder = _one(path)
     held = _entries(folder)
-    trainer = json.loads((folder / checkpoint.TRAINER).read_text())
     table = _table(str(folder), "section", "tensors", "elements", "bytes", "types")
     for section in dict.fromkeys(entry.section for entry in held.values()):
         inside = [entry for entry in held.values() if entry.section == section]
@@ -38,7 +37,7 @@ def inspect(
         types = ", ".join(sorted({entry.dtype for entry in inside}))
         table.add_row(section, str(len(inside)), readable.count(elements), _bytes(inside), types)
     files = list(folder.glob("*.safetensors"))
-    table.caption = f"step {trainer['step']}, {len(files)} files, {_bytes(held.values())} of tensors"
+    table.caption = f"step {checkpoint.step_of(folder)}, {len(files)} files, {_bytes(held.values())} of tensors"
     _print(table)
     if tensors:
         table = _table("", "tensor", "shape", "type", "parts")
@@ -71,9 +70,8 @@ def _faults(folder: Path) -> Iterator[str]:
         return
     if holes := [entry.name for entry in held.values() if entry.has_holes]:
         yield f"not complete: {_named(holes)}"
-    if wild := [
-        entry.name for entry, values in _tensors(held.values(), folder.name) if not bool(values.isfinite().all())
-    ]:
+    complete = [entry for entry in held.values() if not entry.has_holes]
+    if wild := [entry.name for entry, values in _tensors(complete, folder.name) if not bool(values.isfinite().all())]:
         yield f"NaN or infinity in {_named(wild)}"
 
 
@@ -87,7 +85,7 @@ def diff(
 ) -> None:
     """Compare two checkpoints tensor by tensor, whatever layout wrote them. 0 equal, 1 not."""
     one, other = _one(before), _one(after)
-    ours, theirs = _entries(one), _entries(other)
+    ours, theirs = _complete(one), _complete(other)
     table = _table(f"{one} and {other}", "tensor", "largest difference", "relative")
     rows: list[tuple[float, str, str, str]] = []
     for name in sorted(ours.keys() ^ theirs.keys()):
@@ -137,7 +135,7 @@ def convert(
         raise RefusedInput([Problem((f"PATH={folder}",), reason, "take another checkpoint")])
     trainer = json.loads((folder / checkpoint.TRAINER).read_text())
     with checkpoint_contents.appearing(out) as writing:
-        named = ((entry.name, values) for entry, values in _tensors(_entries(folder).values(), "writing"))
+        named = ((entry.name, values) for entry, values in _tensors(_complete(folder).values(), "writing"))
         for number, tensors in enumerate(checkpoint_contents.in_files(named), start=1):
             checkpoint_contents.write(tensors, writing / f"shard-00001-model-{number:05d}.safetensors")
         checkpoint.describe(writing, trainer, [checkpoint.checksums_of(writing, "shard-")])
@@ -196,11 +194,19 @@ def _one(path: Path) -> Path:
 def _entries(folder: Path) -> dict[str, Entry]:
     """Raises RefusedInput for what is not a checkpoint."""
     try:
-        json.loads((folder / checkpoint.TRAINER).read_text())
+        checkpoint.step_of(folder)
         return checkpoint_contents.entries(folder)
     except (OSError, ValueError) as error:
         fix = "run `disttrain checkpoint verify` on the run, and take a good one"
         raise RefusedInput([Problem((f"PATH={folder}",), f"it cannot be read: {error}", fix)]) from error
+
+
+def _complete(folder: Path) -> dict[str, Entry]:
+    """Raises RefusedInput also where a tensor has holes."""
+    held = _entries(folder)
+    if holes := [entry.name for entry in held.values() if entry.has_holes]:
+        raise RefusedInput([Problem((f"PATH={folder}",), f"not complete: {_named(holes)}", "take another checkpoint")])
+    return held
 
 
 def _elements(entry: Entry) -> int:

@@ -72,11 +72,21 @@ def entries(path: Path) -> dict[str, Entry]:
                 places = json.loads(opened.metadata()[PLACES])
                 for name in opened.keys():  # noqa: SIM118  it is no dictionary
                     part = opened.get_slice(name)
+                    start, sizes = tuple(places[name]["saved_offsets"]), tuple(part.get_shape())
                     entry = found.setdefault(name, Entry(name, part.get_dtype()))
-                    entry.parts.append(Part(file, tuple(places[name]["saved_offsets"]), tuple(part.get_shape())))
-        except (SafetensorError, KeyError, TypeError) as error:
+                    _fits(entry, start, sizes, part.get_dtype())
+                    entry.parts.append(Part(file, start, sizes))
+        except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{file.name} is no file of a checkpoint: {error}") from error
     return found
+
+
+def _fits(entry: Entry, start: tuple[Any, ...], sizes: tuple[int, ...], dtype: str) -> None:
+    """Raises ValueError where such a part cannot be one of the tensor."""
+    if any(type(at) is not int or at < 0 for at in start) or len(start) != len(sizes):
+        raise ValueError(f"{entry.name} has no place at {start}")
+    if dtype != entry.dtype or any(len(part.sizes) != len(sizes) for part in entry.parts):
+        raise ValueError(f"the parts of {entry.name} are not of one kind")
 
 
 FILE_BYTES = 1 << 30

@@ -10,6 +10,7 @@ import yaml
 from disttrain import checkpoint, costs, data, layout, loggers, memory
 from disttrain.config import horovod_checks
 from disttrain.config.checks import checkpoints_on_disk
+from disttrain.config.load import parsed
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 from disttrain.config.settings import no_effect, setting
@@ -88,7 +89,12 @@ def _weights(config: Config) -> list[Problem]:
     if config.model.source is not None:
         return []
     wanted = memory.parameter_shapes(config.model, range(config.model.layers)) if config.model.vocab_size else {}
-    there = {key.removeprefix("model."): s for key, s in checkpoint.shapes(path).items() if key.startswith("model.")}
+    try:
+        there = {
+            key.removeprefix("model."): s for key, s in checkpoint.shapes(path).items() if key.startswith("model.")
+        }
+    except ValueError as error:
+        return [Problem((name,), str(error), "give another run, or another of its checkpoints")]
     wrong = sorted(key for key in wanted.keys() | (there.keys() if wanted else ()) if wanted.get(key) != there.get(key))
     if not wrong:
         return []
@@ -151,8 +157,8 @@ def _resume(config: Config, folder: Path) -> list[Problem]:
 def _changed(config: Config, folder: Path) -> list[Problem]:
     """Settings of the saved run that this config would change although the run goes on."""
     try:
-        saved = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+        saved = parsed((folder / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return []
     now = config.model_dump(mode="json")
     found = []

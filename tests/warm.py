@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
@@ -18,18 +19,9 @@ IMPORTS = ["disttrain.cli", "disttrain.preflight", "disttrain.overview", "disttr
 
 def run(words: Sequence[str], folder: Path, environment: Mapping[str, str], timeout_s: float) -> CompletedProcess:
     """What `disttrain WORDS` does in a folder: exit code, stdout and stderr. Raises TimeoutExpired."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(IMPORTS)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")  # read when torch is imported
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
     with tempfile.TemporaryDirectory() as name:
         out, err = Path(name) / "stdout", Path(name) / "stderr"
-        process = context.Process(target=_main, args=(list(words), folder, dict(environment), out, err))
-        process.start()
+        process = start(words, folder, environment, out, err)
         process.join(timeout_s)
         if process.is_alive():
             process.kill()
@@ -38,9 +30,28 @@ def run(words: Sequence[str], folder: Path, environment: Mapping[str, str], time
         return CompletedProcess(list(words), process.exitcode or 0, out.read_text(), err.read_text())
 
 
-def _main(words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+def start(
+    words: Sequence[str], folder: Path, environment: Mapping[str, str], out: Path, err: Path, apart: bool = False
+) -> BaseProcess:
+    """Start `disttrain WORDS` in a folder, its output in two files; `apart`: in a process group of its own."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")  # read when torch is imported
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    process = context.Process(target=_main, args=(list(words), folder, dict(environment), out, err, apart))
+    process.start()
+    return process
+
+
+def _main(words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path, apart: bool) -> None:
+    if apart:
+        os.setsid()
     for path, number in ((out, 1), (err, 2)):
-        with open(path, "wb") as file:
+        with open(path, "ab") as file:
             os.dup2(file.fileno(), number)
     os.environ.clear()
     os.environ.update(environment)

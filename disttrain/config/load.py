@@ -94,7 +94,7 @@ def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
 
 def _read(path: Path, problems: list[Problem]) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = [str(p) for p in sorted(path.parent.glob("*.y*ml"))][:5] if path.parent.is_dir() else []
         fix = f"give one of: {', '.join(near)}" if near else "check the path"
@@ -118,14 +118,24 @@ def _read(path: Path, problems: list[Problem]) -> dict[str, Any]:
     return {}
 
 
+def parsed(text: str) -> Any:
+    """The value of a YAML text. Raises YAMLError, also for what PyYAML itself stumbles over."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # a 99th month, a number of 5000 digits
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+
+
 def _override(tree: dict[str, Any], word: str, problems: list[Problem]) -> None:
     key, equals, text = word.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        problems.append(Problem((word,), "an override has the form key=value", "for example optim.lr=3e-4"))
+        problems.append(Problem((word or "''",), "an override has the form key=value", "for example optim.lr=3e-4"))
         return
     try:
-        value = yaml.load(text, Loader=_Loader) if text else None
+        value = parsed(text) if text else None
     except yaml.YAMLError:
         problems.append(Problem((word,), "the value is not valid YAML", "quote it: 'key=\"value\"'"))
         return
@@ -157,7 +167,7 @@ def _validate(tree: dict[str, Any], problems: list[Problem]) -> Config | None:
 
 
 def _explain(error: Any) -> Problem:
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in error["loc"]) or "''"
     value = error["input"]
     if error["type"] == "extra_forbidden":
         guess = nearest(key, all_keys())

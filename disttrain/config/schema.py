@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from disttrain.config.gradients import HorovodConfig, OuterConfig
-from disttrain.config.section import Fraction, NonNegative, Positive, Section
+from disttrain.config.section import Fraction, NonNegative, Positive, Section, Size
 
 Family = Literal["gpt", "bert"]
 Corpus = Literal["python-docs", "text", "hf", "tokens"]
@@ -40,7 +40,7 @@ class RunConfig(Section):
     """Name of the run folder; the config file's stem when not given."""
     dir: str = "runs"
     """Folder that holds the run folders."""
-    seed: NonNegative = 1234
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1234
     """Seed of the initial weights, the order of the data and dropout."""
     deterministic: bool = False
     """Use torch's deterministic algorithms only (slower on a GPU)."""
@@ -61,11 +61,11 @@ class ModelConfig(Section):
     """Settings of your own model; it reads them as config.options."""
     preset: str | None = None
     """Named shape, for example gpt2-124m or bert-base (`disttrain.config.presets`)."""
-    layers: Positive = 4
+    layers: Annotated[int, Field(gt=0, le=10_000)] = 4
     """Number of transformer blocks."""
-    hidden_size: Positive = 128
+    hidden_size: Size = 128
     """Width of the residual stream."""
-    heads: Positive = 4
+    heads: Size = 4
     """Attention heads; must divide hidden_size."""
     ffn_hidden_size: Positive | None = None
     """Width of the feed-forward layer; 4 x hidden_size when not given."""
@@ -146,7 +146,7 @@ class TrainConfig(Section):
     """Stop when the held-out loss is at or below this many nats per target token."""
     global_batch_size: Positive = 32
     """Sequences of one optimizer step, over all ranks."""
-    micro_batch_size: Positive | None = None
+    micro_batch_size: Size | None = None
     """Sequences of one forward pass on one data rank; the rest is gradient accumulation. All at once by default."""
     eval_every: NonNegative = 0
     """Steps between evaluations; 0 evaluates at the end only."""
@@ -200,25 +200,25 @@ class LossScaleConfig(Section):
 class ParallelConfig(Section):
     """Sizes of the mesh; what is left of the world is data-parallel."""
 
-    tensor: Positive = 1
+    tensor: Size = 1
     """Ranks that share every matrix: heads, feed-forward features and vocabulary (Shoeybi et al. 2019)."""
     sequence: bool = False
     """Split what lies between the matrices by positions over the tensor ranks (Korthikanti et al. 2022)."""
-    pipeline: Positive = 1
+    pipeline: Size = 1
     """Ranks that share the layers; each holds one stage, or virtual_stages of them."""
     schedule: PipelineSchedule = "1f1b"
     """Order of the micro-batches in the pipeline (`disttrain.stages` names the papers)."""
-    virtual_stages: Positive | None = None
+    virtual_stages: Size | None = None
     """Stages that a rank holds: 2 when not given, for interleaved_1f1b, looped_bfs and interleaved_zero_bubble. Always
     2 for zbv and dualpipev, always 1 for gpipe and 1f1b."""
-    context: Positive = 1
+    context: Size = 1
     """Ranks that share every sequence; a GPT's is cut into 2 x context chunks, which balances causal attention."""
     context_method: Literal["ring", "ulysses"] = "ring"
     """How attention looks across the ranks that share a sequence: keys and values go round (ring, Liu et al. 2023), or
     positions are exchanged for heads (ulysses, Jacobs et al. 2023)."""
     zero: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO stage: 0 replicates, 1 shards the optimizer, 2 gradients too, 3 parameters too; over data x context ranks."""
-    replicate: Positive = 1
+    replicate: Size = 1
     """Replicas of the sharded group (HSDP)."""
     offload: bool = False
     """Keep what ZeRO shards in host memory and update it there."""

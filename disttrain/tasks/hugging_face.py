@@ -123,7 +123,7 @@ def import_model(source: Path, out: Path) -> list[str]:
         try:
             found = hf.read(model.family, loaders.keys(), lambda name: loaders[name]().float(), model)
             lacking = _write_ours(found, model, folder)
-        except (ValueError, SafetensorError, RuntimeError) as error:
+        except (ValueError, IndexError, SafetensorError, RuntimeError, OSError) as error:
             fix = "import a model that transformers saved as GPT-2 or BERT"
             raise RefusedInput([Problem((f"SOURCE={source}",), str(error), fix)]) from error
         checkpoint.describe(folder, {"step": 0}, [checkpoint.checksums_of(folder, "shard-")])
@@ -137,7 +137,7 @@ def import_model(source: Path, out: Path) -> list[str]:
 
 def _our_model(theirs: dict[str, Any], source: Path) -> ModelConfig:
     """Shape of a config.json. Raises RefusedInput for what our models do not do."""
-    family = TYPES.get(theirs.get("model_type", ""))
+    family = TYPES.get(str(theirs.get("model_type")))
     if family is None:
         raise RefusedInput([Problem((f"model_type={theirs.get('model_type')}",), "only GPT-2 and BERT are understood",
                                     f"give a folder with a model of {' or '.join(TYPES)}")])  # fmt: skip
@@ -162,7 +162,7 @@ def _our_model(theirs: dict[str, Any], source: Path) -> ModelConfig:
             "dropout": float(dropout or 0.0),
             "layer_norm_epsilon": float(epsilon or (1e-5 if family == "gpt" else 1e-12)),
         })  # fmt: skip
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         problem = Problem(
             (f"{source}/config.json",), f"it says no shape: {error}", "give the config that belongs to it"
         )
@@ -173,8 +173,7 @@ def _loaders(source: Path) -> dict[str, Callable[[], Tensor]]:
     """How to load each tensor of a folder's safetensors files. Raises RefusedInput where there are none, or bad ones."""
     files = [source / SINGLE]
     if (source / INDEX).is_file():
-        names = set(_json(source / INDEX, source).get("weight_map", {}).values())
-        files = [source / Path(name).name for name in sorted(names)]  # nothing outside of the folder
+        files = _files_of(_json(source / INDEX, source).get("weight_map"), source)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         fix = "save it with transformers' save_pretrained, which writes safetensors; pickles are not read"
@@ -192,10 +191,19 @@ def _loaders(source: Path) -> dict[str, Callable[[], Tensor]]:
         try:
             with safe_open(file, framework="pt") as opened:
                 found |= {name: loader(file, name) for name in opened.keys()}  # noqa: SIM118  it is no dictionary
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             problem = Problem((str(file),), f"it is no safetensors file: {error}", "get the file again")
             raise RefusedInput([problem]) from error
     return found
+
+
+def _files_of(weight_map: Any, source: Path) -> list[Path]:
+    """The files that an index names. Raises RefusedInput where it names none, or one outside of the folder."""
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or "\0" in name or Path(name).name != name for name in names):
+        problem = Problem((f"{source / INDEX}",), "it does not name the files of its folder", "get the model again")
+        raise RefusedInput([problem])
+    return [source / name for name in sorted(set(names))]
 
 
 def _write_ours(found: Iterator[tuple[str, Tensor | None]], model: ModelConfig, folder: Path) -> list[str]:
@@ -222,7 +230,7 @@ def _write_ours(found: Iterator[tuple[str, Tensor | None]], model: ModelConfig, 
 def _json(path: Path, source: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fix = "give the folder of a model that transformers saved"
         raise RefusedInput([Problem((f"SOURCE={source}",), f"{path.name} cannot be read: {error}", fix)]) from error
     return found if isinstance(found, dict) else {}

@@ -1,0 +1,355 @@
+"""A run that is hit at random moments, again and again, in one layout after the other, must end as if nothing had been.
+
+``python -m tests.faults.chaos --seconds 180 --seed 1`` trains a small GPT in float64 on four local ranks. Each start of the
+same command ends by a blow: a rank or the whole job is killed, asked to stop, or stopped; a checkpoint is spoiled; a disk
+refuses. When time is up the run is finished, and compared with one process that nobody disturbed.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+
+from disttrain import checkpoint
+from disttrain.config.load import all_keys
+from tests import warm
+
+BATCH, SEQUENCE, EVERY = 8, 32, 5
+SETTINGS = {
+    "run": {"name": "hit", "device": "cpu"},
+    "model": {"family": "gpt", "layers": 4, "hidden_size": 64, "heads": 4, "max_positions": SEQUENCE, "dropout": 0.1},
+    "data": {"corpus": "text", "path": "corpus.txt", "tokenizer": "bytes", "sequence_length": SEQUENCE,
+             "cache_dir": "cache"},
+    "train": {"steps": 1_000_000, "global_batch_size": BATCH, "eval_sequences": 8},
+    "optim": {"schedule": "constant", "lr": 1.0e-3},
+    "precision": "fp64", "checkpoint": {"every": EVERY}, "log": {"console": "plain"},
+}  # fmt: skip
+"""The rate is constant, so that the run may end at any step."""
+PIPELINE = ("parallel.pipeline=2", "train.micro_batch_size=2")
+LAYOUTS = [
+    ("parallel.tensor=2", "parallel.zero=2"), PIPELINE, (*PIPELINE, "parallel.zero=1"), (*PIPELINE, "parallel.tensor=2"),
+    ("parallel.zero=3",), ("train.micro_batch_size=1",), ("parallel.zero=2", "parallel.replicate=2"),
+]  # fmt: skip
+RANKS = 4
+TOLERANCE = 1e-10
+PATIENCE_S = 120.0
+"""For a start, and for the end of a job that must end by itself."""
+TIME_OUT = "run.timeout_s"
+
+
+class WentWrong(AssertionError):
+    """The run did not survive what it must survive."""
+
+
+@dataclass
+class Job:
+    """The command, started once."""
+
+    folder: Path
+    process: BaseProcess
+    output: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs" / "hit"
+
+    def ranks(self) -> list[int]:
+        """Process ids of its ranks."""
+        return [child.pid for child in psutil.Process(self.process.pid).children()]
+
+    def kill(self) -> None:
+        """End all that is left of it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        self.process.join()
+        deadline = time.monotonic() + 5
+        with suppress(ProcessLookupError):
+            while time.monotonic() < deadline:  # its lock is free when the last one is gone
+                os.killpg(self.process.pid or 0, 0)
+                time.sleep(0.01)
+
+    def ended(self, seconds: float) -> int | None:
+        """Its exit code, or None after so many seconds."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+
+def start(folder: Path, *words: str, ranks: int = RANKS) -> Job:
+    """The command, in a process group of its own."""
+    output = folder / f"output_{len(list(folder.glob('output_*.txt'))):03d}.txt"
+    several = ["--nproc", str(ranks)] if ranks > 1 else []
+    process = warm.start(
+        ["train", "hit.yaml", *words, *several],
+        folder,
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+        output,
+        output,
+        apart=True,
+    )
+    return Job(folder, process, output)
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    """Whole records of a run."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [
+        record for record in map(json.loads, (line for line in lines if line[-1] == "\n")) if record["kind"] == kind
+    ]
+
+
+def last_step(run: Path) -> int:
+    return max((record["step"] for record in records(run, "step")), default=0)
+
+
+def newest(run: Path) -> Path | None:
+    return checkpoint.newest_good(run / "checkpoints")[0]
+
+
+@dataclass
+class Blow:
+    """What was done to the run, and what became of it."""
+
+    fault: str
+    layout: str
+    step: int
+    """The last step that was recorded."""
+    exit_code: int | None = None
+    """None where the job had to be killed."""
+    seconds_to_end: float = 0.0
+    """From the blow until the job had ended."""
+    steps_lost: int = 0
+    """Recorded steps that had to be done again."""
+    seconds_to_go_on: float | None = None
+    """From the blow until the same command had recorded a step again."""
+
+
+def kill_a_rank(job: Job, dice: random.Random) -> None:
+    os.kill(dice.choice(job.ranks()), signal.SIGKILL)
+
+
+def kill_the_job(job: Job, dice: random.Random) -> None:
+    job.kill()
+
+
+def ask_to_stop(job: Job, dice: random.Random) -> None:
+    os.kill(job.process.pid or 0, signal.SIGTERM)
+
+
+def stop_a_rank(job: Job, dice: random.Random) -> None:
+    os.kill(dice.choice(job.ranks()), signal.SIGSTOP)
+
+
+def refuse_the_disk(job: Job, dice: random.Random) -> None:
+    """No file of one rank may become longer than a few bytes; the first rank writes the records, and is spared."""
+    rank = dice.choice(sorted(job.ranks())[1:])
+    resource.prlimit(rank, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+def spoiled(harm: Callable[[Path, random.Random], None]) -> Callable[[Job, random.Random], None]:
+    """Kill the job, then do something to the newest checkpoint."""
+
+    def strike(job: Job, dice: random.Random) -> None:
+        job.kill()
+        if (path := newest(job.run)) is not None:
+            harm(path, dice)
+
+    return strike
+
+
+def a_file(path: Path, dice: random.Random) -> Path:
+    return dice.choice(sorted(file for file in path.iterdir() if file.is_file()))
+
+
+def flip_a_bit(path: Path, dice: random.Random) -> None:
+    file = a_file(path, dice)
+    content = bytearray(file.read_bytes())
+    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    file.write_bytes(content)
+
+
+def truncate(path: Path, dice: random.Random) -> None:
+    file = a_file(path, dice)
+    os.truncate(file, dice.randrange(file.stat().st_size))
+
+
+def delete_a_file(path: Path, dice: random.Random) -> None:
+    a_file(path, dice).unlink()
+
+
+def leave_half_written(path: Path, dice: random.Random) -> None:
+    shutil.copytree(path, path.with_name(f"step_{checkpoint.step_of(path) + EVERY:08d}.writing"), dirs_exist_ok=True)
+
+
+FAULTS: dict[str, tuple[Callable[[Job, random.Random], None], int | None]] = {
+    "one rank killed": (kill_a_rank, 1),
+    "all ranks killed": (kill_the_job, -9),
+    "SIGTERM": (ask_to_stop, 130),
+    "one rank stopped": (stop_a_rank, 1),
+    "disk full for a rank": (refuse_the_disk, 1),
+    "bit flipped": (spoiled(flip_a_bit), -9),
+    "file cut off": (spoiled(truncate), -9),
+    "file deleted": (spoiled(delete_a_file), -9),
+    "half-written folder": (spoiled(leave_half_written), -9),
+}
+"""What happens to the job, and the exit code that it must end with."""
+
+
+def chaos(folder: Path, seed: int, goes_on: Callable[[int, float], bool]) -> list[Blow]:
+    """Blows at a run in an empty folder, every kind in turn, while `goes_on` says so of their number and of the seconds
+    since the first start; then its end. Raises WentWrong."""
+    dice, began = random.Random(seed), time.monotonic()
+    blows: list[Blow] = []
+    (folder / "hit.yaml").write_text(yaml.safe_dump(SETTINGS))
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+    (folder / "corpus.txt").write_text("\n".join(" ".join(words[i * j % 10] for j in range(1, 12)) for i in range(900)))
+    waiting: list[str] = []
+    struck = 0.0
+    while goes_on(len(blows), time.monotonic() - began):
+        waiting = waiting or dice.sample(sorted(FAULTS), len(FAULTS))
+        fault, layout = waiting.pop(), dice.choice(LAYOUTS)
+        limit = [f"{TIME_OUT}=5"] if fault == "one rank stopped" and TIME_OUT in all_keys() else []
+        job = start(folder, *layout, *limit)
+        try:
+            _goes_on(job, blows, struck, dice)
+            struck = time.monotonic()
+            blows.append(_hit(job, fault, " ".join(layout), dice))
+        finally:
+            job.kill()
+        print(json.dumps(asdict(blows[-1])), flush=True)
+    _finish(folder, blows, struck, dice)
+    return blows
+
+
+def _goes_on(job: Job, blows: list[Blow], struck: float, dice: random.Random) -> None:
+    """Wait until the job has done some steps, a random number of them."""
+    good = newest(job.run)
+    begins = checkpoint.step_of(good) if good else 0
+    headers, more, deadline = (
+        len(records(job.run, "header")),
+        dice.randint(1, 2 * EVERY + 2),
+        time.monotonic() + PATIENCE_S,
+    )
+    while True:
+        gone_on = len(records(job.run, "header")) > headers or headers > len(blows)
+        step = last_step(job.run) if gone_on else 0
+        if blows and blows[-1].seconds_to_go_on is None and step > begins:
+            blows[-1].seconds_to_go_on = time.monotonic() - struck
+        if step >= begins + more:
+            time.sleep(dice.random() * 0.2)
+            return
+        if not job.process.is_alive() or time.monotonic() > deadline:
+            raise WentWrong(f"the run did not get from step {begins} to {begins + more}:\n{job.output.read_text()}")
+        time.sleep(0.03)
+
+
+def _hit(job: Job, fault: str, layout: str, dice: random.Random) -> Blow:
+    strike, expected = FAULTS[fault]
+    blow, began = Blow(fault, layout, last_step(job.run)), time.monotonic()
+    strike(job, dice)
+    ends_itself = fault != "one rank stopped" or TIME_OUT in all_keys()
+    blow.exit_code = job.ended(PATIENCE_S if ends_itself else 2.0)
+    blow.seconds_to_end = time.monotonic() - began
+    job.kill()
+    if ends_itself and blow.exit_code != expected:
+        raise WentWrong(f"{fault}: exit code {blow.exit_code}, not {expected}:\n{job.output.read_text()}")
+    said = job.output.read_text()
+    if fault in ("SIGTERM", "disk full for a rank") and "Traceback" in said:
+        raise WentWrong(f"{fault}: a traceback:\n{said}")
+    blow.step, good = last_step(job.run), newest(job.run)
+    blow.steps_lost = blow.step - (checkpoint.step_of(good) if good else 0)
+    if fault == "SIGTERM" and blow.steps_lost:
+        raise WentWrong(f"{blow.steps_lost} steps were lost when the run was asked to stop:\n{said}")
+    return blow
+
+
+def _finish(folder: Path, blows: list[Blow], struck: float, dice: random.Random) -> None:
+    """Let the run end, and compare it with one that nobody disturbed."""
+    run, alone = folder / "runs" / "hit", folder / "runs" / "alone"
+    good = newest(run)
+    steps = (checkpoint.step_of(good) if good else 0) + 2 * EVERY + 3
+    layout = dice.choice(LAYOUTS)
+    for words, ranks in (((*layout, f"train.steps={steps}"), RANKS), (("run.name=alone", f"train.steps={steps}"), 1)):
+        job = start(folder, *words, ranks=ranks)
+        if (code := job.ended(600)) != 0:
+            job.kill()
+            raise WentWrong(f"exit code {code} of the last part:\n{job.output.read_text()}")
+        if blows and blows[-1].seconds_to_go_on is None:
+            blows[-1].seconds_to_go_on = time.monotonic() - struck
+    ours, theirs = records(run, "step"), records(alone, "step")
+    if [record["step"] for record in ours] != list(range(1, steps + 1)):
+        raise WentWrong(f"steps are missing or there twice: {[record['step'] for record in ours]}")
+    for one, other in zip(ours, theirs, strict=True):
+        if one["tokens_seen"] != one["step"] * BATCH * SEQUENCE:
+            raise WentWrong(f"step {one['step']} counts {one['tokens_seen']} tokens")
+        for key in ("loss", "grad_norm"):
+            if abs(one[key] - other[key]) > TOLERANCE * abs(other[key]):
+                raise WentWrong(f"step {one['step']}: {key} is {one[key]}, and {other[key]} in one process")
+    if records(run, "summary")[-1]["tokens_seen"] != steps * BATCH * SEQUENCE:
+        raise WentWrong("the summary counts other tokens")
+    compare(run / "checkpoints" / f"step_{steps:08d}", alone / "checkpoints" / f"step_{steps:08d}")
+
+
+def compare(one: Path, other: Path) -> None:
+    """Raises WentWrong where weights or moments differ."""
+    ours, theirs = checkpoint.read(one), checkpoint.read(other)
+    if ours.keys() != theirs.keys():
+        raise WentWrong(f"tensors: {sorted(ours.keys() ^ theirs.keys())}")
+    for name, tensor in theirs.items():
+        apart = float((ours[name].double() - tensor.double()).abs().max())
+        if not apart <= TOLERANCE * max(1.0, float(torch.as_tensor(tensor).double().abs().max())):
+            raise WentWrong(f"{name} differs by {apart}")
+
+
+def table(blows: list[Blow]) -> str:
+    """One line for each kind of fault, in Markdown."""
+    lines = [
+        "| fault | times | s to end, mean (largest) | s to go on | steps lost | exit codes |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for fault in FAULTS:
+        hit = [blow for blow in blows if blow.fault == fault]
+        if hit:
+            cells = [_mean([b.seconds_to_end for b in hit]), _mean([b.seconds_to_go_on or 0.0 for b in hit])]
+            lost = _mean([float(b.steps_lost) for b in hit])
+            codes = ", ".join(sorted({"killed" if b.exit_code is None else str(b.exit_code) for b in hit}))
+            lines.append(f"| {fault} | {len(hit)} | {' | '.join(cells)} | {lost} | {codes} |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.1f} ({max(values):.1f})"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=180.0, help="how long the run is hit")
+    parser.add_argument("--seed", type=int, default=1, help="of the faults, their moments and the layouts")
+    parser.add_argument("--json", type=Path, help="write every blow here")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="disttrain-chaos-") as name:
+        blows = chaos(Path(name), asked.seed, lambda _, seconds: seconds < asked.seconds)
+    print(
+        f"\n{table(blows)}\n\n{len(blows)} blows, and the weights are those of one undisturbed process (to {TOLERANCE:g})"
+    )
+    if asked.json:
+        asked.json.write_text(json.dumps([asdict(blow) for blow in blows], indent=1))
+
+
+if __name__ == "__main__":
+    main()
