@@ -51,8 +51,8 @@ def explain(evidence: Evidence) -> str:
     waits = ledgers.waits(states)
     if failed:
         return _failure(min(failed, key=lambda state: state.time), waits, evidence)
-    if (pair := ledgers.first_difference(states)) is not None:
-        return _difference(*pair, evidence)
+    if kinds := ledgers.first_difference(states):
+        return _difference(kinds, evidence)
     blocked = {rank for rank, state in states.items() if is_blocked(state, waits)}
     culprits = evidence.missing or tuple(rank for rank in sorted(states) if rank not in blocked)
     if culprits:
@@ -146,16 +146,19 @@ def _failure(state: RankState, waits: Sequence[Wait], evidence: Evidence) -> str
     )
 
 
-def _difference(one: tuple[int, Call], other: tuple[int, Call], evidence: Evidence) -> str:
-    """Two ranks that called something else as the same number of a group."""
-    (first, call), (second, differing) = one, other
-    places = [stacks.place(evidence.states[rank].stack) for rank in (first, second)]
-    same = call.operation == differing.operation
+def _difference(kinds: Sequence[tuple[list[int], Call]], evidence: Evidence) -> str:
+    """Ranks that called something else as the same number of a group."""
+    parts = [
+        f"{names(ranks)} {'are' if len(ranks) > 1 else 'is'} in {evidence.call(call)}, at "
+        f"{stacks.place(evidence.states[ranks[0]].stack)}"
+        for ranks, call in kinds[:3]
+    ]
+    everyone = sorted(rank for ranks, _ in kinds for rank in ranks)
+    same = len({call.operation for _, call in kinds}) == 1
     cause = ("the ranks hand over other shapes, as when a batch, a mask or a model's size depends on the rank" if same else
              "the code took different branches on different ranks")  # fmt: skip
     return (
-        f"Ranks {first} and {second} do not call the same: rank {first} is in {evidence.call(call)}, at {places[0]}, and "
-        f"rank {second} is in {evidence.call(differing)}, at {places[1]}, {_step(evidence.states[first])}. "
+        f"{names(everyone).capitalize()} do not call the same: {'; '.join(parts)}; {_step(evidence.states[everyone[0]])}. "
         f"Likely cause: {cause}."
     )
 

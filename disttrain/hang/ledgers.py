@@ -1,6 +1,6 @@
 """Compares what the ranks have called: who has not arrived in a collective, and who called another one. No torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from disttrain.hang.files import Call, RankState
@@ -46,27 +46,31 @@ def _last(states: Mapping[int, RankState]) -> dict[tuple[int, str], int]:
     return last
 
 
-def first_difference(states: Mapping[int, RankState]) -> tuple[tuple[int, Call], tuple[int, Call]] | None:
-    """Two ranks that called something else as the same number of the same group; None where all agree.
+def first_difference(states: Mapping[int, RankState]) -> list[tuple[list[int], Call]]:
+    """The ranks that called something else as the same number of the same group, by what they called, most ranks first;
+    empty where all agree.
 
-    Among several the one that was started first. Where all have completed nothing is wrong.
+    Of several numbers the one that was started first. Where all have completed nothing is wrong.
     """
     same: dict[tuple[str, int], list[tuple[int, Call]]] = {}
     for rank, state in sorted(states.items()):
         for call in state.calls:
             same.setdefault((call.group, call.sequence), []).append((rank, call))
-    found = [pair for calls in same.values() for pair in _pairs(calls)]
-    return min(found, key=lambda pair: min(pair[0][1].since, pair[1][1].since), default=None)
+    unfinished = [calls for calls in same.values() if not all(call.completed for _, call in calls)]
+    found = [kinds for calls in unfinished if len(kinds := _kinds(calls)) > 1]
+    first = min(found, key=lambda kinds: min(call.since for _, call in kinds), default=[])
+    return sorted(first, key=lambda kind: -len(kind[0]))
 
 
-def _pairs(calls: list[tuple[int, Call]]) -> Iterator[tuple[tuple[int, Call], tuple[int, Call]]]:
-    if all(call.completed for _, call in calls):
-        return
-    first = calls[0]
-    for other in calls[1:]:
-        if _differ(first[1], other[1]):
-            yield first, other
-            return
+def _kinds(calls: list[tuple[int, Call]]) -> list[tuple[list[int], Call]]:
+    kinds: list[tuple[list[int], Call]] = []
+    for rank, call in calls:
+        ranks = next((ranks for ranks, known in kinds if not _differ(known, call)), None)
+        if ranks is None:
+            kinds.append(([rank], call))
+        else:
+            ranks.append(rank)
+    return kinds
 
 
 def _differ(one: Call, other: Call) -> bool:

@@ -99,12 +99,14 @@ class Watch:
             self._thread.join(OTHERS_SPEAK_S)
 
     def failed(self, error: Exception) -> None:
-        """Leave what the rank knows when it fails, before the others lose it."""
+        """Leave what the rank knows when it fails, unless it was seen while it still waited, which tells more."""
         self.stop()
+        of_peers = lost_a_peer(error)
+        if of_peers and self._written is not None:
+            return
         last = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), limit=None)
         frames = [Frame(_short(f.filename), f.lineno or 0, f.name, (f.line or "").strip()) for f in reversed(last)]
-        of_peers = lost_a_peer(error)
-        calls = self._written.calls if self._written else ledger()
+        calls = ledger()
         if of_peers and calls and all(call.completed for call in calls):  # torch counts one that has failed among these
             calls = (*calls[:-1], Call(**{**vars(calls[-1]), "completed": False}))
         text = f"{type(error).__name__}: {error}".splitlines()[0]

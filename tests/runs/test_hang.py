@@ -1,0 +1,48 @@
+"""A real run of which one rank stops: the others say which one, and the same command goes on."""
+
+import os
+import re
+import signal
+import subprocess
+
+from tests.runs.conftest import Workplace
+from tests.runs.test_train import ranks_of, wait_for_step
+
+COMMAND = ("train", "run.yaml", "--nproc", "4", "parallel.tensor=2", "run.timeout_s=4", "train.steps=24",
+           "train.eval_every=0", "checkpoint.every=4")  # fmt: skip
+
+
+def test_a_rank_that_is_stopped_is_named_and_the_run_resumes(workplace: Workplace) -> None:
+    process = workplace.start(*COMMAND)
+    wait_for_step(workplace, process, 5)
+    stopped = ranks_of(process)[3]
+    os.kill(stopped, signal.SIGSTOP)
+    said = until_explained(process)
+    os.kill(stopped, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in output, output
+    assert (said + output).count("did not arrive") == 1
+    assert re.search(r"Rank 3 \(host \S+\) did not arrive. Ranks? [0-2][^.]* ha(s|ve) waited for rank 3 since", said), (
+        said
+    )
+    assert re.search(
+        r"in \w+ number \d+ of group (tensor \(ranks 2, 3|data \(ranks 1, 3|world \(ranks 0 to 3)\)", said
+    ), said
+    assert re.search(r"at disttrain/\S+\.py:\d+", said)
+    assert "rank 3 left no word" in said
+    assert "Timed out waiting" in (workplace.folder / "runs/run/logs/rank_0000.log").read_text()
+    again = workplace.run("explain", "runs/run").stdout
+    assert "".join(said.removeprefix("disttrain: ").split()) == "".join(again.split("┏")[0].split())
+    workplace.run(*COMMAND)
+    assert workplace.records("run", "step")[-1]["step"] == 24
+    assert "nothing to explain" in workplace.run("explain", "runs/run", code=2).stderr
+
+
+def until_explained(process: subprocess.Popen) -> str:
+    """The first line that is no progress; a run that says nothing ends, and so does its output."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("disttrain: "):
+            return line
+    raise AssertionError("the run ended without an explanation")
