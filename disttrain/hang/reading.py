@@ -1,5 +1,8 @@
 """Evidence from the folder of a run, and `disttrain explain`, which shows it. Imports no torch."""
 
+import fcntl
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +11,9 @@ import typer
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.hang import files, ledgers, stacks
 from disttrain.hang.explanation import Evidence, explain, is_blocked
+
+ANSWER_S = 4.0
+"""How long the ranks of a run that goes on have to say where they are; they look once a second."""
 
 
 def evidence_of(folder: Path) -> Evidence:
@@ -19,6 +25,33 @@ def evidence_of(folder: Path) -> Evidence:
     evidence = Evidence(states, {}, _everyone(folder, next(iter(states.values())).world_size))
     logs = {rank: log for rank in evidence.missing if (log := files.read_log(folder, rank)) is not None}
     return Evidence(states, logs, evidence.everyone)
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether a process holds the run folder."""
+    try:
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _ask(folder: Path) -> None:
+    """Let the ranks of a run that goes on say where they are, as far as they have not moved for a second."""
+    made = folder / files.FOLDER
+    made.mkdir(exist_ok=True)
+    deadline, found = time.monotonic() + ANSWER_S, files.read(folder)
+    while time.monotonic() < deadline and (not found or len(found) < next(iter(found.values())).world_size):
+        time.sleep(0.1)
+        found = files.read(folder)
+    if not found:
+        with suppress(OSError):
+            made.rmdir()
+        raise RefusedInput([Problem((f"run {folder}",), "there is nothing to explain: its ranks move",
+                                    "ask again when none has for some seconds")])  # fmt: skip
 
 
 def _everyone(folder: Path, world_size: int) -> str:
@@ -45,6 +78,8 @@ def show(
     from rich.markup import escape
     from rich.table import Table
 
+    if not files.read(run) and _goes_on(run):
+        _ask(run)
     evidence = evidence_of(run)
     console = Console()
     console.print(explain(evidence), markup=False, highlight=False)
