@@ -69,7 +69,7 @@ def choose_device(config: Config, rank: RankInfo) -> torch.device:
                                 "start fewer ranks, or use run.device=cpu")])  # fmt: skip
 
 
-def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: float = 1800) -> Session:
+def assemble(config: Config, rank: RankInfo, prepared: Prepared) -> Session:
     """Build this rank's share of a run; all ranks call it together. Starts the process group."""
     device = choose_device(config, rank)
     _set_up_torch(config, rank, device)
@@ -84,7 +84,7 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared, timeout_s: floa
         "train.micro_batch_size": config.train.micro_batch_size or config.train.global_batch_size // mesh.data_ranks,
     })  # fmt: skip
     corpus = data.open_data(config, prepared)
-    world.start(rank, device.type, timeout_s)
+    world.start(rank, device.type, config.run.timeout_s)
     groups = make_groups(mesh, rank.rank, device.type, Traffic())
     choice = None
     if config.compression.codec == "auto" and groups.coded(config.parallel.zero).size > 1:

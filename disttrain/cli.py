@@ -11,7 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from disttrain import checkpoint_commands
-from disttrain.failures import exit_code, interrupted
+from disttrain.failures import exit_code, interrupted, lost_a_peer
+from disttrain.hang import reading
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +43,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 app.command("export")(checkpoint_commands.export)
 app.command("import")(checkpoint_commands.import_model)
+app.command("explain")(reading.show)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")
@@ -283,7 +285,7 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     interruption = Interruption().listen()
     from disttrain import preflight, preparing
     from disttrain.config.problems import RefusedInput
-    from disttrain.elastic import goes_on, is_elastic, join, lost_a_peer, start_again
+    from disttrain.elastic import goes_on, is_elastic, join, start_again
     from disttrain.launch.mpi import locate
 
     settings = _load(config, overrides)
@@ -306,15 +308,13 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
 
         as_a_rank = partial(_train_locally, settings, prepared)
         return local_ranks.start(world_size, as_a_rank, interruption, local_ranks.method())
-    if not is_elastic(os.environ):
-        return run(settings, rank, interruption, prepared)
     try:
         code = run(settings, rank, interruption, prepared)
     except Exception as error:
-        if not lost_a_peer(error):
+        if not (is_elastic(os.environ) and lost_a_peer(error)):
             raise
         start_again()
-    if goes_on(code, interruption):
+    if is_elastic(os.environ) and goes_on(code, interruption):
         start_again()
     return code
 

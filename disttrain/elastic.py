@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from disttrain.config.schema import Config
     from disttrain.interruption import Interruption
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
-        "NCCL communicator was aborted")  # fmt: skip
-"""What torch's collectives say where another rank is gone."""
-
-
 PLACE = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
 """What horovodrun's driver answers, in this order."""
 
@@ -56,12 +51,6 @@ def join(config: "Config", interruption: "Interruption") -> None:
 def goes_on(code: int, interruption: "Interruption") -> bool:
     """Whether a run that was interrupted only made room for a change of hosts: nobody sent this process a signal."""
     return code == 130 and interruption.signal is None
-
-
-def lost_a_peer(error: BaseException) -> bool:
-    """Whether another rank is gone: a failure that those who are left survive."""
-    internal = type(error).__name__ == "HorovodInternalError"
-    return internal or (isinstance(error, RuntimeError) and any(words in str(error) for words in LOST))
 
 
 def start_again() -> NoReturn:

@@ -17,6 +17,10 @@ FIRST_SPEAKS_S = 5.0
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "HOROVOD_RANK", "SLURM_PROCID")
 """Where launchers say which rank a process is; refused input is shown by the first one only."""
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
+        "timeout caused pair closure", "NCCL communicator was aborted")  # fmt: skip
+"""What torch's collectives say where another rank is gone, or late."""
+
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command: problems become a list and exit code 2, an interruption 130, an expected failure one line."""
@@ -32,6 +36,12 @@ def interrupted() -> int:
     """Say so; the exit code."""
     print("disttrain: interrupted; nothing is lost, the same command goes on", file=sys.stderr)
     return 130
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether another rank is gone: a failure that those who are left survive."""
+    internal = type(error).__name__ == "HorovodInternalError"
+    return internal or (isinstance(error, RuntimeError) and any(words in str(error) for words in LOST))
 
 
 def explain(error: Exception) -> int:
@@ -50,7 +60,7 @@ def explain(error: Exception) -> int:
             show_problems(error.problems)
         return 2
     show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-    if callable(show) and isinstance(code, int):  # a usage error of the command line, which typer knows how to show
+    if callable(show) and isinstance(code, int):  # typer's usage errors, and a rank that others do not answer
         show()
         return code
     if isinstance(error, RuntimeError | OSError | FloatingPointError) and type(error).__module__.startswith(

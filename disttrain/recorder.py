@@ -39,6 +39,8 @@ class Recorder:
         )
         self._pending: list[StepResult] = []
         self._data_seconds = 0.0
+        self.step: int | None = None
+        """The last step that ended; None before the first of this process."""
 
     def begin_step(self) -> None:
         """A step begins, before its batch is asked for."""
@@ -53,6 +55,7 @@ class Recorder:
 
     def end_step(self, step: int, learning_rate: float, result: StepResult, needed: bool) -> None:
         """A step ended; a record is written every `log.every` steps, and when the totals are needed now."""
+        self.step = step
         self._pending.append(result)
         due = needed or step % self._every == 0
         counts = self._read_counts() if due else (0, 0, 0)  # waits for the device

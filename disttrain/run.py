@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,7 @@ from disttrain.assembly import Session, assemble
 from disttrain.config.load import dump
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
+from disttrain.hang import files, watch
 from disttrain.header import header
 from disttrain.interruption import Interruption
 from disttrain.launch import RankInfo
@@ -33,15 +35,17 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 def run(config: Config, rank: RankInfo, interruption: Interruption, prepared: data.Prepared) -> int:
     """Train as one rank of the world; every rank calls this. Returns the exit code.
 
-    Raises RefusedInput where the run folder is in use, Diverged, CheckpointFailed and TruthFailed as the loop does.
+    Raises RefusedInput where the run folder is in use, Unanswered where other ranks are late or gone, Diverged,
+    CheckpointFailed and TruthFailed as the loop does.
     """
     folder = preflight.run_folder(config)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     log_to(folder / "logs" / f"rank_{rank.rank:04d}.log")
-    with exclusive(folder) if rank.rank == 0 else nullcontext():
+    alone = exclusive(folder) if rank.rank == 0 else nullcontext()
+    with alone, watch.watching(folder, rank, config.run.timeout_s) as watched:
         session = assemble(config, rank, prepared)
         try:
-            reason = _train(session, folder, interruption)
+            reason = _train(session, folder, interruption, watched)
             world.wait_for_all()  # launchers end the ranks that are left once one has ended: rank 0 has reports to write
         finally:
             session.engine.close()
@@ -51,11 +55,11 @@ def run(config: Config, rank: RankInfo, interruption: Interruption, prepared: da
     return DONE
 
 
-def _train(session: Session, folder: Path, interruption: Interruption) -> str:
+def _train(session: Session, folder: Path, interruption: Interruption, watched: watch.Watch) -> str:
     start, _ = preflight.resume_from(session.config)
     first = session.rank.rank == 0
     if not first:
-        return train_from_checkpoint(session, Recorder(session, None), interruption)
+        return train_from_checkpoint(session, Recorder(session, None), interruption, watched)
     checkpoint.clean(folder / "checkpoints")
     write_atomically(folder / "config.yaml", dump(session.asked))
     if session.config.engine == "deepspeed":
@@ -68,15 +72,18 @@ def _train(session: Session, folder: Path, interruption: Interruption) -> str:
     with open_loggers(session.config, folder, header(session, resumed), resumed) as loggers:
         if session.choice is not None:
             loggers.event("codec_chosen", session.choice.reason, **asdict(session.choice))
-        reason = train_from_checkpoint(session, Recorder(session, loggers), interruption)
+        reason = train_from_checkpoint(session, Recorder(session, loggers), interruption, watched)
         table = drawn(folder, loggers)  # before the loggers close: sinks take the files of the report along
     if table is not None:
         Console().print(table)
     return reason
 
 
-def train_from_checkpoint(session: Session, recorder: Recorder, interruption: Interruption) -> str:
+def train_from_checkpoint(
+    session: Session, recorder: Recorder, interruption: Interruption, watched: watch.Watch
+) -> str:
     """Load what the config says and train on from there; the reason to stop."""
+    watched.step = lambda: recorder.step
     return train(session, recorder, interruption, restore(session, recorder))
 
 
@@ -130,7 +137,7 @@ def log_to(path: Path) -> None:
     root.handlers = [handler]
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    logging.info("started: %s", " ".join(sys.argv))
+    logging.info("%s%s: %s", files.STARTED, socket.gethostname(), " ".join(sys.argv))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -48,6 +48,8 @@ class RunConfig(Section):
     """Device type; auto takes CUDA where there is a GPU."""
     compile: bool = False
     """Compile every block with torch.compile: the first steps take long, the others less."""
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds that a rank waits for the others in a collective before it fails (docs/faults.md)."""
 
 
 class ModelConfig(Section):

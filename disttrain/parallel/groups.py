@@ -1,5 +1,6 @@
 """This rank's place on every axis of the mesh: the process groups made from the whole numbers of `disttrain.mesh`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from disttrain.mesh import AXES, Mesh
+from disttrain.parallel import world
 from disttrain.parallel.collectives import Traffic
 
 
@@ -66,7 +68,7 @@ def beside(groups: Groups, zero: int) -> Group:
     axes = ("replicate",) if mine is groups.replicate else ("replicate", "shard", "context")
     made: dict[tuple[int, ...], Any] = {}
     for ranks in ranks_along(groups.mesh, axes):
-        made[ranks] = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        made[ranks] = _make(ranks, f"{_name(axes)}, beside the step") if len(ranks) > 1 else None
     return replace(mine, process_group=made[mine.ranks])
 
 
@@ -97,19 +99,30 @@ def _group(mesh: Mesh, rank: int, axes: tuple[str, ...], traffic: Traffic) -> Gr
     """Every rank makes all groups along these axes, in the same order, as torch wants it."""
     mine: Group | None = None
     for ranks in ranks_along(mesh, axes):
-        group = _new_group(mesh, ranks)
+        group = _new_group(mesh, ranks, _name(axes))
         if rank in ranks:
             mine = Group(len(ranks), ranks.index(rank), ranks, group, traffic)
     assert mine is not None
     return mine
 
 
-def _new_group(mesh: Mesh, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+def _new_group(mesh: Mesh, ranks: tuple[int, ...], name: str) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
     if len(ranks) == mesh.world_size:
         return dist.group.WORLD
-    return dist.new_group(list(ranks))  # pyright: ignore[reportReturnType]
+    return _make(ranks, name)
+
+
+def _make(ranks: Sequence[int], name: str) -> dist.ProcessGroup:
+    """A group that waits as long as the world does; an explanation of a hang calls it by its name."""
+    return dist.new_group(list(ranks), timeout=world.timeout(), group_desc=name)  # pyright: ignore[reportReturnType]
+
+
+def _name(axes: tuple[str, ...]) -> str:
+    if axes == ("replicate", "shard", "context"):
+        return "data"
+    return "shard" if axes == ("shard", "context") else " x ".join(axes)
 
 
 def _tie(mesh: Mesh, rank: int, traffic: Traffic) -> Group:
@@ -118,7 +131,7 @@ def _tie(mesh: Mesh, rank: int, traffic: Traffic) -> Group:
         return mine
     for column in ranks_along(mesh, ("pipeline",)):
         ends = (column[0], column[-1])
-        group = _new_group(mesh, ends)
+        group = _new_group(mesh, ends, "tie")
         if rank in ends:
             mine = Group(2, ends.index(rank), ends, group, traffic)
     return mine
@@ -152,5 +165,4 @@ def _device_mesh(mesh: Mesh, rank: int, device_type: str, names: tuple[str, ...]
 
 
 def _alone(mesh: Mesh, rank: int) -> dist.ProcessGroup:
-    groups = [dist.new_group([other]) for other in range(mesh.world_size)]
-    return groups[rank]  # pyright: ignore[reportReturnType]
+    return [_make([other], "alone") for other in range(mesh.world_size)][rank]

@@ -9,6 +9,9 @@ import torch.distributed as dist
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.launch import RankInfo, environment_for_torch
 
+LEDGER_CALLS = "2000"
+"""Newest collectives that torch's flight recorder remembers, for `disttrain.hang`."""
+
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
@@ -26,6 +29,7 @@ def start(info: RankInfo, device_type: str, timeout_s: float) -> None:
     os.environ, since libraries read them. Raises RefusedInput when the ranks do not meet at the master address.
     """
     os.environ.update(environment_for_torch(info))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", LEDGER_CALLS)
     backend, timeout = _BACKENDS[device_type], timedelta(seconds=timeout_s)
     try:
         if info.world_size == 1:
@@ -41,6 +45,11 @@ def start(info: RankInfo, device_type: str, timeout_s: float) -> None:
             "rank was started, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the right network interface."
         )
         raise RefusedInput([Problem(meeting, message, fix)]) from error
+
+
+def timeout() -> timedelta:
+    """How long the world waits in a collective. torch would give half an hour to every group but the first."""
+    return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout  # pyright: ignore
 
 
 def wait_for_all() -> None:

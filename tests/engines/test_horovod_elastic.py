@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from disttrain import elastic
+from disttrain import elastic, failures
 from disttrain.interruption import Interruption
 from tests.components import BIN, need
 from tests.parallel.test_data_parallel import config_for
@@ -104,8 +104,8 @@ def test_what_cannot_change_its_ranks_is_refused() -> None:
 
 
 def test_who_starts_again() -> None:
-    assert elastic.lost_a_peer(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
-    assert not elastic.lost_a_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert failures.lost_a_peer(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
+    assert not failures.lost_a_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     asked, told = Interruption(), Interruption()
     asked.signal, told.hosts_changed = signal.SIGTERM, True
     assert asked.requested and not told.requested  # data that is being prepared is not given up for a new host

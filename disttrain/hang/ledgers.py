@@ -1,0 +1,79 @@
+"""Compares what the ranks have called: who has not arrived in a collective, and who called another one. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from disttrain.hang.files import Call, RankState
+
+ALIKE = ("all_reduce", "allreduce", "broadcast", "reduce_scatter")
+"""Collectives to which every rank of a group hands the same shape."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A collective that a rank has started and others have not."""
+
+    rank: int
+    call: Call
+    absent: tuple[int, ...]
+    """Members that have not started it; one without a file is among them."""
+
+
+def waits(states: Mapping[int, RankState]) -> list[Wait]:
+    """The first collective of each rank that waits for others, the one that was started first at the beginning."""
+    last = _last(states)
+    found = [wait for state in states.values() if (wait := _first(state, states, last)) is not None]
+    return sorted(found, key=lambda wait: (wait.call.since, wait.rank))
+
+
+def _first(state: RankState, states: Mapping[int, RankState], last: Mapping[tuple[int, str], int]) -> Wait | None:
+    for call in state.calls:
+        absent = tuple(
+            rank for rank in call.ranks
+            if rank not in states or (states[rank].calls and last.get((rank, call.group), 0) < call.sequence)
+        )  # fmt: skip
+        if not call.completed and absent:
+            return Wait(state.rank, call, absent)
+    return None
+
+
+def _last(states: Mapping[int, RankState]) -> dict[tuple[int, str], int]:
+    """Number of the newest collective of each rank in each group."""
+    last: dict[tuple[int, str], int] = {}
+    for rank, state in states.items():
+        for call in state.calls:
+            last[rank, call.group] = max(call.sequence, last.get((rank, call.group), 0))
+    return last
+
+
+def first_difference(states: Mapping[int, RankState]) -> list[tuple[list[int], Call]]:
+    """The ranks that called something else as the same number of the same group, by what they called, most ranks first;
+    empty where all agree.
+
+    Of several numbers the one that was started first. Where all have completed nothing is wrong.
+    """
+    same: dict[tuple[str, int], list[tuple[int, Call]]] = {}
+    for rank, state in sorted(states.items()):
+        for call in state.calls:
+            same.setdefault((call.group, call.sequence), []).append((rank, call))
+    unfinished = [calls for calls in same.values() if not all(call.completed for _, call in calls)]
+    found = [kinds for calls in unfinished if len(kinds := _kinds(calls)) > 1]
+    first = min(found, key=lambda kinds: min(call.since for _, call in kinds), default=[])
+    return sorted(first, key=lambda kind: -len(kind[0]))
+
+
+def _kinds(calls: list[tuple[int, Call]]) -> list[tuple[list[int], Call]]:
+    kinds: list[tuple[list[int], Call]] = []
+    for rank, call in calls:
+        ranks = next((ranks for ranks, known in kinds if not _differ(known, call)), None)
+        if ranks is None:
+            kinds.append(([rank], call))
+        else:
+            ranks.append(rank)
+    return kinds
+
+
+def _differ(one: Call, other: Call) -> bool:
+    if one.operation != other.operation:
+        return True
+    return one.operation.startswith(ALIKE) and (one.shapes, one.dtype) != (other.shapes, other.dtype)
