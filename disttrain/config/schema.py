@@ -10,6 +10,7 @@ from pydantic import Field
 
 from disttrain.config.gradients import HorovodConfig, OuterConfig
 from disttrain.config.section import Fraction, NonNegative, Positive, Section
+from disttrain.config.watching import WatchConfig
 
 Family = Literal["gpt", "bert"]
 Corpus = Literal["python-docs", "text", "hf", "tokens"]
@@ -329,4 +330,5 @@ class Config(Section):
     the two is refused."""
     horovod: HorovodConfig = HorovodConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()
