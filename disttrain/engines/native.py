@@ -214,7 +214,7 @@ class NativeEngine:
 
     def _unscale_and_clip(self, totals: Tensor) -> tuple[Tensor, bool]:
         """Global gradient norm before clipping, and whether this step must be skipped: by every rank or none. fp16 asks for
-        the gradient alone, `watch.on_nonfinite=skip` for `totals`, the losses, as well; others do not wait for the device."""
+        the gradient alone, `watch.on_nonfinite=skip` for the losses' `totals` as well; others do not wait for it."""
         if self._outer is None:
             norm = own = gradients.global_norm(self.parameters, self.groups, self.device)
         else:  # each worker clips by its own
