@@ -69,14 +69,8 @@ def faulty(workplace: Workplace) -> Workplace:
 
 
 def words(options: str, *more: str) -> list[str]:
-    return [
-        "train",
-        "run.yaml",
-        "model.source=faulty.py:Faulty",
-        f"model.options={{{options}}}",
-        "precision=fp64",
-        *more,
-    ]
+    model = ["model.source=faulty.py:Faulty", f"model.options={{{options}}}", "model.layers=2"]
+    return ["train", "run.yaml", *model, "precision=fp64", *more]
 
 
 def events(workplace: Workplace, name: str) -> list[dict[str, Any]]:
@@ -153,13 +147,13 @@ def test_an_exploding_loss_is_told_and_rolled_back_to_the_start(faulty: Workplac
     assert faulty.records("run", "summary")[-1]["tokens_seen"] == 22 * SEQUENCES * LENGTH
 
 
-def test_slow_ranks_are_named_with_their_cause(faulty: Workplace) -> None:
-    """Rank 1 sleeps in its forward passes, rank 3 while it reads."""
-    more = ["train.steps=23", "train.eval_every=0", "checkpoint.every=0", "--nproc", "4"]
-    done = faulty.run(*words("data_sleeps: 0.2, forward_sleeps: 0.1", *more))
-    told = [event["details"] for event in events(faulty, "slow_rank")]
-    assert [(one["rank"], one["cause"]) for one in told] == [(1, "compute"), (3, "data")]
-    assert told[0]["own_seconds"] > 0.1 and told[1]["own_seconds"] > 0.2 and "slow ranks" in done.stdout
+def test_a_slow_rank_is_named_with_the_cause(faulty: Workplace) -> None:
+    """It sleeps while it reads, and half as long in its forward passes."""
+    more = ["train.steps=23", "train.eval_every=0", "checkpoint.every=0", "--nproc", "2"]
+    done = faulty.run(*words("data_sleeps: 0.1, forward_sleeps: 0.05", *more))
+    (told,) = events(faulty, "slow_rank")
+    assert (told["details"]["rank"], told["details"]["cause"]) == (1, "data")
+    assert told["details"]["own_seconds"] > 0.15 and "slow ranks" in done.stdout
     last = faulty.records("run", "step")[-1]
-    assert last["own_seconds_max_rank"] == 3
-    assert last["own_seconds_max"] > 0.2 > last["own_seconds_median"]
+    assert last["own_seconds_max_rank"] == 1
+    assert last["own_seconds_max"] > 0.15 > last["own_seconds_median"]
