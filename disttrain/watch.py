@@ -14,13 +14,15 @@ from disttrain.config.watching import WatchConfig
 from disttrain.metrics import RankReading
 
 FEWEST = 20
-"""Losses that must have been recorded before one is judged, and steps over which ranks are compared."""
+"""Losses that must have been recorded before one is judged."""
 GAUSSIAN = 1.4826
 """Standard deviations of a normal distribution in a median absolute deviation."""
 SMALLEST = 1e-3
 """A deviation counts as at least this share of the median."""
+COMPARED_STEPS, SLOW_IN_A_ROW = 10, 3
+"""Over how many steps ranks are compared, and how many times in a row one must be slow to be called so."""
 NOTICEABLE = 0.1
-"""A rank is called slow where others lose at least this share of a step by it."""
+"""Others must lose at least this share of a step by a rank."""
 
 
 class Diverged(RuntimeError):
@@ -50,6 +52,8 @@ class Watch:
         self._own: dict[int, tuple[float, float]] = {}
         """Seconds each rank waited for data and computed by itself since ranks were last compared."""
         self._compared_steps, self._compared_seconds = 0, 0.0
+        self._slow_for: dict[int, int] = {}
+        """In how many comparisons in a row a rank was slow."""
 
     def position(self, step: int) -> int:
         """Which batch of the data comes after `step` steps."""
@@ -113,7 +117,8 @@ class Watch:
         return Finding("rolled_back", message, details)
 
     def slow_ranks(self, readings: Sequence[RankReading], interval: Mapping[str, Any]) -> list[Finding]:
-        """Compare ranks over at least 20 steps that are no warm-up; `interval` is the step record of the readings."""
+        """Compare ranks over at least COMPARED_STEPS steps that are no warm-up; which have become slow, each told once.
+        `interval` is the step record of the readings."""
         if self._config.slow_rank is None or interval["warmup"]:
             return []
         for r in readings:
@@ -121,32 +126,27 @@ class Watch:
             self._own[r.rank] = data + r.data_seconds, compute + (r.compute_seconds or 0.0)
         self._compared_steps += interval["interval_steps"]
         self._compared_seconds += interval["interval_steps"] * interval["step_seconds"]
-        if self._compared_steps < FEWEST:
+        if self._compared_steps < COMPARED_STEPS:
             return []
-        found = [finding for r in readings if (finding := self._slow(r, readings, self._config.slow_rank))]
+        found = {r.rank: slow for r in readings if (slow := self._slow(r, readings, self._config.slow_rank))}
+        self._slow_for = {rank: self._slow_for.get(rank, 0) + 1 for rank in found}
         self._own, self._compared_steps, self._compared_seconds = {}, 0, 0.0
-        return found
+        return [slow for rank, slow in found.items() if self._slow_for[rank] == SLOW_IN_A_ROW]
 
     def _slow(self, rank: RankReading, readings: Sequence[RankReading], most: float) -> Finding | None:
         """Whether a rank takes longer than the median of the others that have the same stage."""
         peers = [self._own[r.rank] for r in readings if r.stage == rank.stage and r.rank != rank.rank]
         if not peers:
             return None
-        own, usual = sum(self._own[rank.rank]), median(map(sum, peers))
+        mine, steps = self._own[rank.rank], self._compared_steps
+        own, usual = sum(mine), median(map(sum, peers))
         if own <= most * usual or own - usual < NOTICEABLE * self._compared_seconds:
             return None
-        beyond = {
-            kind: self._own[rank.rank][i] - median(p[i] for p in peers) for i, kind in ((0, "data"), (1, "compute"))
-        }
-        cause, factor, steps = (
-            max(beyond, key=lambda k: beyond[k]),
-            own / usual if usual > 0 else None,
-            self._compared_steps,
-        )
-        times = "" if factor is None else f"{factor:.1f} times "
+        data, compute = (mine[kind] - median(peer[kind] for peer in peers) for kind in (0, 1))
+        cause, factor = "data" if data > compute else "compute", own / usual if usual > 0 else None
         message = (
-            f"rank {rank.rank} on {rank.host} is slow: {own / steps:.3g} s a step by itself, {times}that of its peers, "
-            f"most of it for {'data' if cause == 'data' else 'computing'}"
+            f"rank {rank.rank} on {rank.host} is slow: {own / steps:.3g} s a step by itself, its peers "
+            f"{usual / steps:.3g} s; most of the difference is {'waiting for data' if cause == 'data' else 'computing'}"
         )
         details = {"rank": rank.rank, "host": rank.host, "factor": factor, "own_seconds": own / steps,
                    "peers_seconds": usual / steps, "cause": cause, "steps": steps}  # fmt: skip
