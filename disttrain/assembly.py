@@ -111,6 +111,13 @@ def choose_again(session: Session) -> None:
     session.engine = engines.build(session.config, session.groups, device, chosen)
 
 
+def renew(session: Session) -> None:
+    """Give the session another engine of the same kind, in its first state. All ranks call it together."""
+    session.engine.close()
+    chosen = precision.choose(session.config.precision, session.device.type)
+    session.engine = engines.build(session.config, session.groups, session.device, chosen)
+
+
 def _first_step(config: Config, corpus: Data, mesh: Mesh, rank: RankInfo) -> list[engines.Batch]:
     """This rank's micro-batches of the first step."""
     return list(corpus.micro_batches(0, mesh.data_rank(rank.rank), mesh.data_ranks))

@@ -85,10 +85,12 @@ def read(path: Path) -> "dict[str, Tensor]":
     return {name: checkpoint_contents.tensor(entry) for name, entry in checkpoint_contents.entries(path).items()}
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and one line for each newer one that is not. Imports no torch."""
+def newest_good(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, of those before a step if one is given, and one line for each newer one that is
+    not. Imports no torch."""
     damaged = []
-    for path in sorted(checkpoints(folder), reverse=True):
+    older = [p for p in checkpoints(folder) if before is None or int(p.name.removeprefix("step_")) < before]
+    for path in sorted(older, reverse=True):
         reason = damage(path)
         if reason is None:
             return path, damaged

@@ -64,6 +64,14 @@ def resume_from(config: Config) -> tuple[Path | None, list[str]]:
     return Path(config.checkpoint.resume), []
 
 
+def before(config: Config, step: int) -> tuple[Path | None, list[str]]:
+    """As `resume_from`, of a run that has gone on from there to this step: the newest good checkpoint before it."""
+    path, damaged = checkpoint.newest_good(run_folder(config) / "checkpoints", step)
+    if path is None and config.checkpoint.resume not in ("auto", "never"):
+        path = Path(config.checkpoint.resume)
+    return path, damaged
+
+
 def weights_from(config: Config) -> Path | None:
     """The checkpoint whose weights a new run begins with; None where it draws its own, and where there is none."""
     given = config.checkpoint.weights

@@ -1,6 +1,6 @@
 """Turns what a step did into records: reads the device once per record, gathers the ranks, writes on rank 0."""
 
-import math
+import platform
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -16,12 +16,9 @@ from disttrain.loggers import Loggers
 from disttrain.metrics import Metrics, RankReading, StepReading, read_rank
 from disttrain.models import IGNORED
 from disttrain.parallel.collectives import gather_objects
+from disttrain.watch import Diverged, Finding, Watch
 
 T = TypeVar("T")
-
-
-class Diverged(RuntimeError):
-    """The loss or the gradient is no longer a number."""
 
 
 class Recorder:
@@ -41,6 +38,8 @@ class Recorder:
         self._data_seconds = 0.0
         self.step: int | None = None
         """The last step that ended; None before the first of this process."""
+        self._stage = session.mesh.coordinates(session.rank.rank)["pipeline"]
+        self.watch = Watch(session.config.watch)
 
     def begin_step(self) -> None:
         """A step begins, before its batch is asked for."""
@@ -53,16 +52,21 @@ class Recorder:
         self._data_seconds += time.perf_counter() - began
         return gathered
 
-    def end_step(self, step: int, learning_rate: float, result: StepResult, needed: bool) -> None:
-        """A step ended; a record is written every `log.every` steps, and when the totals are needed now."""
+    def end_step(self, step: int, learning_rate: float, result: StepResult, needed: bool) -> bool:
+        """A step ended; a record is written every `log.every` steps, and when the totals are needed now.
+
+        Returns whether the run has to go back to a checkpoint, the same on all ranks. Raises Diverged.
+        """
         self.step = step
         self._pending.append(result)
         due = needed or step % self._every == 0
         counts = self._read_counts() if due else (0, 0, 0)  # waits for the device
         sequences = self._session.config.train.global_batch_size
         self._metrics.throughput.end_step(*counts, sequences=sequences, skipped=result.skipped)
+        findings = [self.watch.skip(step, result.skipped)]
         if due:
-            self._write(step, learning_rate, result)
+            findings += self._write(step, learning_rate, result)
+        return self._answer(step, [finding for finding in findings if finding is not None])
 
     def evaluate(self, step: int) -> float:
         """Evaluate on held-out sequences, write the record and return the held-out loss (nats)."""
@@ -94,6 +98,14 @@ class Recorder:
     def over_time(self, seconds: float | None) -> bool:
         """Whether training took longer than this, by the clock of rank 0."""
         return bool(seconds and self._session.rank.rank == 0 and self._metrics.throughput.train_seconds >= seconds)
+
+    def roll_back(self, step: int, to: int, trainer: Mapping[str, Any]) -> None:
+        """The run has gone back from `step` to the checkpoint of step `to` with this trainer's part; empty: to its start."""
+        config = self._session.config
+        self._metrics.roll_back(trainer.get("metrics", {}))
+        batch_tokens = config.train.global_batch_size * config.data.sequence_length
+        said = self.watch.roll_back(step, to, trainer.get("watch", {}), batch_tokens)
+        self.event(said.event, step, said.message, **said.details)
 
     def state_dict(self) -> dict[str, Any]:
         """Totals of the run, plain numbers."""
@@ -127,7 +139,8 @@ class Recorder:
         self._pending = []
         return tokens, targets, padding
 
-    def _write(self, step: int, learning_rate: float, result: StepResult) -> None:
+    def _write(self, step: int, learning_rate: float, result: StepResult) -> list[Finding | None]:
+        """Write the step record; what there is to say of it. All judge by the numbers of rank 0."""
         with self.excluded("logging"):
             traffic = self._session.engine.traffic()
             busy, seconds = self._session.engine.bubble() or (None, None)
@@ -136,11 +149,15 @@ class Recorder:
                 comm_bytes=traffic.handed, comm_bytes_uncompressed=traffic.uncompressed, wire_bytes=traffic.on_wire,
                 data_seconds=self._data_seconds,
                 pipeline_busy_seconds=busy, pipeline_seconds=seconds,
+                compute_seconds=self._session.engine.forward_seconds() if busy is None else busy,
+                stage=self._stage, host=platform.node(),
             )  # fmt: skip
             self._data_seconds = 0.0
-            readings: list[RankReading] = gather_objects(reading)
             losses = {name: float(loss.sum) / max(int(loss.count), 1) for name, loss in result.losses.items()}
-            norm, limit = float(result.grad_norm), self._session.config.train.clip_grad_norm
+            gathered = gather_objects((reading, losses, float(result.grad_norm)))
+            readings: list[RankReading] = [entry[0] for entry in gathered]
+            _, losses, norm = gathered[0]
+            limit = self._session.config.train.clip_grad_norm
             record = self._metrics.step_record(StepReading(
                 step=step, losses=losses, learning_rate=learning_rate, grad_norm=norm,
                 gradient_clip_factor=None if limit is None else min(1.0, limit / (norm + 1e-6)),
@@ -149,8 +166,15 @@ class Recorder:
                 ranks=readings,
             ))  # fmt: skip
             self._emit(record)
-        if not math.isfinite(record["loss"]) or not (math.isfinite(norm) or result.skipped):
-            raise Diverged(f"the loss is {record['loss']} and the gradient norm {norm} at step {step}: lower optim.lr")
+        return [self.watch.judge(step, record["loss"], norm, result.skipped), *self.watch.slow_ranks(readings, record)]
+
+    def _answer(self, step: int, findings: list[Finding]) -> bool:
+        """Write findings down; whether one of them asks for a rollback. Raises Diverged where one says stop."""
+        for finding in findings:
+            self.event(finding.event, step, finding.message, **finding.details)
+            if finding.action == "stop":
+                raise Diverged(f"{finding.message}: lower optim.lr")
+        return any(finding.action == "rollback" for finding in findings)
 
     def _emit(self, record: dict[str, Any]) -> None:
         if self._loggers is not None:

@@ -61,6 +61,9 @@ def read_run(run_dir: Path) -> Run:
     kinds: dict[str, list[Record]] = {"header": [], "step": [], "eval": [], "event": [], "summary": []}
     for record in read_records(folder / FILE):
         kinds.setdefault(record["kind"], []).append(record)
+        if record.get("event") == "rolled_back":  # what came after the step it went back to is not of the run any more
+            for kind in ("step", "eval"):
+                kinds[kind] = [made for made in kinds[kind] if made["step"] <= record["details"]["to_step"]]
     return Run(folder, kinds["header"], kinds["step"], kinds["eval"], kinds["event"], kinds["summary"])
 
 
@@ -142,11 +145,27 @@ def _rows(run: Run, last: Record) -> list[tuple[str, str]]:
         ("memory, worst rank", _memory(last)),
     ]
     if last.get("skipped_steps"):
-        rows.append(("skipped updates", f"{last['skipped_steps']} of {last['step']} (gradient overflow)"))
+        why = "gradient or loss no number" if last.get("loss_scale", 1.0) is None else "gradient overflow"
+        rows.append(("skipped updates", f"{last['skipped_steps']} of {last['step']} ({why})"))
+    rows += _watched(run)
     failed = sorted({event["details"]["sink"] for event in run.events if event["event"] == "sink_failed"})
     if failed:
         rows.append(("failed sinks", ", ".join(failed)))
     return [*rows, ("checkpoints", _checkpoints(run)), ("metrics", str(run.folder / FILE))]
+
+
+def _watched(run: Run) -> list[tuple[str, str]]:
+    """What `watch` has found; resumed steps may have found it again."""
+    rows = []
+    for name, label in (("not_finite", "no number"), ("loss_spike", "loss spikes")):
+        if steps := sorted({event["step"] for event in run.events if event["event"] == name}):
+            rows.append((label, "at step " + ", ".join(map(str, steps))))
+    for d in (event["details"] for event in run.events if event["event"] == "rolled_back"):
+        left_out = f"batches {d['first_batch']} to {d['last_batch']} left out"
+        rows.append(("rolled back", f"from step {d['from_step']} to {d['to_step']}, {left_out}"))
+    if slow := sorted({(e["details"]["rank"], e["details"]["host"]) for e in run.events if e["event"] == "slow_rank"}):
+        rows.append(("slow ranks", ", ".join(f"{rank} on {host}" for rank, host in slow)))
+    return rows
 
 
 def _state(run: Run, summary: Record | None, last: Record) -> str:

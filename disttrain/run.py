@@ -20,7 +20,7 @@ from disttrain.assembly import Session, assemble
 from disttrain.config.load import dump
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
-from disttrain.hang import files, watch
+from disttrain.hang import files, observer
 from disttrain.header import header
 from disttrain.interruption import Interruption
 from disttrain.launch import RankInfo
@@ -42,10 +42,10 @@ def run(config: Config, rank: RankInfo, interruption: Interruption, prepared: da
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     log_to(folder / "logs" / f"rank_{rank.rank:04d}.log")
     alone = exclusive(folder) if rank.rank == 0 else nullcontext()
-    with alone, watch.watching(folder, rank, config.run.timeout_s) as watched:
+    with alone, observer.observing(folder, rank, config.run.timeout_s) as observed:
         session = assemble(config, rank, prepared)
         try:
-            reason = _train(session, folder, interruption, watched)
+            reason = _train(session, folder, interruption, observed)
             world.wait_for_all()  # launchers end the ranks that are left once one has ended: rank 0 has reports to write
         finally:
             session.engine.close()
@@ -55,11 +55,11 @@ def run(config: Config, rank: RankInfo, interruption: Interruption, prepared: da
     return DONE
 
 
-def _train(session: Session, folder: Path, interruption: Interruption, watched: watch.Watch) -> str:
+def _train(session: Session, folder: Path, interruption: Interruption, observed: observer.Observer) -> str:
     start, _ = preflight.resume_from(session.config)
     first = session.rank.rank == 0
     if not first:
-        return train_from_checkpoint(session, Recorder(session, None), interruption, watched)
+        return train_from_checkpoint(session, Recorder(session, None), interruption, observed)
     checkpoint.clean(folder / "checkpoints")
     write_atomically(folder / "config.yaml", dump(session.asked))
     if session.config.engine == "deepspeed":
@@ -72,7 +72,7 @@ def _train(session: Session, folder: Path, interruption: Interruption, watched: 
     with open_loggers(session.config, folder, header(session, resumed), resumed) as loggers:
         if session.choice is not None:
             loggers.event("codec_chosen", session.choice.reason, **asdict(session.choice))
-        reason = train_from_checkpoint(session, Recorder(session, loggers), interruption, watched)
+        reason = train_from_checkpoint(session, Recorder(session, loggers), interruption, observed)
         table = drawn(folder, loggers)  # before the loggers close: sinks take the files of the report along
     if table is not None:
         Console().print(table)
@@ -80,10 +80,10 @@ def _train(session: Session, folder: Path, interruption: Interruption, watched: 
 
 
 def train_from_checkpoint(
-    session: Session, recorder: Recorder, interruption: Interruption, watched: watch.Watch
+    session: Session, recorder: Recorder, interruption: Interruption, observed: observer.Observer
 ) -> str:
     """Load what the config says and train on from there; the reason to stop."""
-    watched.step = lambda: recorder.step
+    observed.step = lambda: recorder.step
     return train(session, recorder, interruption, restore(session, recorder))
 
 

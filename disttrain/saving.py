@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from disttrain import checkpoint
 from disttrain.config.schema import CheckpointConfig
+from disttrain.parallel.groups import for_checkpoints
 
 PATIENCE_S = 60.0
 """How long a run that fails waits for the checkpoint that is being written."""
@@ -50,7 +51,7 @@ class Saver:
         """Open the group and the memory that copies go to."""
         if self.kept.asynchronous:
             on_gpu = self.device.type == "cuda"
-            self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+            self._group = for_checkpoints(dist.get_world_size())
             self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
         return self
 

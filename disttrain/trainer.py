@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from disttrain import checkpoint, codec_choice, preflight
-from disttrain.assembly import Session, choose_again
+from disttrain.assembly import Session, choose_again, renew
 from disttrain.config.checks import total_steps
 from disttrain.interruption import Interruption
 from disttrain.optim import learning_rate
-from disttrain.parallel.collectives import any_rank
+from disttrain.parallel.collectives import any_rank, gather_objects
 from disttrain.recorder import Recorder
 from disttrain.saving import Saver
 
@@ -34,7 +34,7 @@ def _train(session: Session, recorder: Recorder, interruption: Interruption, sav
     while stop is None:
         recorder.begin_step()
         micro_batches = recorder.waited_for(
-            session.data.micro_batches(step, session.data_rank, session.mesh.data_ranks)
+            session.data.micro_batches(recorder.watch.position(step), session.data_rank, session.mesh.data_ranks)
         )
         step += 1
         rate = learning_rate(config.optim, step, steps)
@@ -45,7 +45,11 @@ def _train(session: Session, recorder: Recorder, interruption: Interruption, sav
             saver.wait()  # raises on every rank
         stop = "interrupted" if interrupted else "steps" if step == steps else "time" if late else None
         evaluate, checkpointed = due(config.train.eval_every, step), due(config.checkpoint.every, step)
-        recorder.end_step(step, rate, result, needed=bool(stop or evaluate or checkpointed))
+        harmful = recorder.end_step(step, rate, result, needed=bool(stop or evaluate or checkpointed))
+        if harmful:
+            saved, held_out = roll_back(session, recorder, saver, step)
+            step, stop = saved, None if stop == "steps" else stop
+            continue
         if evaluate:
             held_out = step, recorder.evaluate(step)
             if held_out[1] <= (config.train.target_loss or 0.0):
@@ -84,6 +88,25 @@ def look_at_link(session: Session, recorder: Recorder, saver: Saver, step: int, 
     recorder.event("codec_chosen", step, message, **asdict(now))
 
 
+def roll_back(session: Session, recorder: Recorder, saver: Saver, step: int) -> tuple[int, tuple[int, float]]:
+    """Go back to the newest good checkpoint before `step`, as after a resume, and on with the data after `step`; the step
+    gone back to, and step and loss of its evaluation. It is saved anew, so that a resume goes on with that data too."""
+    with recorder.excluded("checkpoint"):
+        saver.wait()
+        own = preflight.before(session.config, step) if session.rank.rank == 0 else (None, [])
+        path, damaged = gather_objects(own)[0]
+        renew(session)
+        trainer = {} if path is None else load(session, path)
+    tell_damage(recorder, step, damaged)
+    if path is None:
+        begin(session, recorder)
+    to, loss = trainer.get("step", 0), trainer.get("eval_loss")
+    recorder.roll_back(step, to, trainer)
+    held_out = (-1, 0.0) if loss is None else (to, loss)
+    save(session, recorder, saver, to, held_out, beside=False)
+    return to, held_out
+
+
 def save(
     session: Session, recorder: Recorder, saver: Saver, step: int, held_out: tuple[int, float], beside: bool
 ) -> Path:
@@ -94,7 +117,8 @@ def save(
     with recorder.excluded("checkpoint"):
         state = session.engine.state_dict()
         loss = held_out[1] if held_out[0] == step else None
-        trainer = {"step": step, "eval_loss": loss, "metrics": recorder.state_dict(), "engine": state.pop("engine")}
+        trainer = {"step": step, "eval_loss": loss, "metrics": recorder.state_dict(), "engine": state.pop("engine"),
+                   "watch": recorder.watch.state_dict()}  # fmt: skip
         saver.save(step, state, trainer, beside)
     report_saved(recorder, saver)
     return checkpoint.path_of(saver.folder, step)
@@ -110,13 +134,13 @@ def report_saved(recorder: Recorder, saver: Saver) -> None:
 def restore(session: Session, recorder: Recorder) -> int:
     """Load the checkpoint the config asks for and return its step; 0 for a new run."""
     path, damaged = preflight.resume_from(session.config)
-    for line in damaged:
-        recorder.event("checkpoint_damaged", 0, f"checkpoint not used: {line}")
+    tell_damage(recorder, 0, damaged)
     if path is None:
         begin(session, recorder)
         return 0
     trainer = load(session, path)
     recorder.load_state_dict(trainer["metrics"])
+    recorder.watch.load_state_dict(trainer.get("watch", {}))
     step = trainer["step"]
     if "outer_arrives" in trainer["engine"] and session.config.outer.method == "none":
         message = (
@@ -124,6 +148,12 @@ def restore(session: Session, recorder: Recorder) -> int:
         )
         recorder.event("workers_dropped", step, message)
     return step
+
+
+def tell_damage(recorder: Recorder, step: int, damaged: list[str]) -> None:
+    """An event for each checkpoint that was passed over."""
+    for line in damaged:
+        recorder.event("checkpoint_damaged", step, f"checkpoint not used: {line}")
 
 
 def begin(session: Session, recorder: Recorder) -> None:

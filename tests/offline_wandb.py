@@ -20,6 +20,8 @@ class Written:
     summary: dict[str, Any] = field(default_factory=dict)
     artifacts: list[tuple[str, str, dict[str, Path]]] = field(default_factory=list)
     """(name, type, copies of its files by their names)."""
+    alerts: list[tuple[str, str]] = field(default_factory=list)
+    """(title, text)."""
     exit_code: int | None = None
 
 
@@ -51,6 +53,8 @@ def _written(path: Path) -> Written:
         elif kind == "artifact":
             files = {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
             found.artifacts.append((record.artifact.name, record.artifact.type, files))
+        elif kind == "alert":
+            found.alerts.append((record.alert.title, record.alert.text))
         elif kind == "exit":
             found.exit_code = record.exit.exit_code
     return found

@@ -8,6 +8,7 @@ from disttrain.config.outer_checks import outer_problems
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 from disttrain.config.settings import given, no_effect, setting
+from disttrain.config.watch_checks import watch_problems
 
 __all__ = ["given", "micro_batches", "setting", "total_steps", "validate"]
 
@@ -38,6 +39,7 @@ def validate(config: Config, world_size: int) -> list[Problem]:
         _kept(config),
         compression_problems(config, world_size, total_steps(config)),
         outer_problems(config),
+        watch_problems(config, world_size),
     )
     return [*(problem for check in checks for problem in check), *layout_problems(config, world_size)]
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from disttrain.config.gradients import HorovodConfig, OuterConfig
 from disttrain.config.section import Fraction, NonNegative, Positive, Section, Size
+from disttrain.config.watching import WatchConfig
 
 Family = Literal["gpt", "bert"]
 Corpus = Literal["python-docs", "text", "hf", "tokens"]
@@ -334,4 +335,5 @@ class Config(Section):
     the two is refused."""
     horovod: HorovodConfig = HorovodConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()

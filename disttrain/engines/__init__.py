@@ -69,6 +69,10 @@ class Engine(Protocol):
         """Seconds in which this rank's stages computed and seconds of the pipeline's steps since the last call."""
         ...
 
+    def forward_seconds(self) -> float | None:
+        """Seconds of this rank's forward passes since the last call; None where they are not known."""
+        ...
+
     def state_dict(self) -> State:
         """Model and optimizer for a distributed checkpoint, and `engine`, a plain dictionary."""
         ...

@@ -166,6 +166,9 @@ class DeepSpeedEngine:
     def bubble(self) -> None:
         """There is no pipeline."""
 
+    def forward_seconds(self) -> None:
+        """DeepSpeed's are not measured."""
+
     def held(self, what: Held) -> list[tuple[sharding.Shard, Tensor]]:
         """Every whole weight, the model's copy of it, or (scaled, summed) gradient. All ranks call it."""
         if what == "gradient":

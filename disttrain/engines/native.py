@@ -24,6 +24,7 @@ from disttrain.parallel.groups import Group, Groups, beside
 from disttrain.parallel.outer import OuterSteps
 from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
+from disttrain.parallel.stage import Clock
 from disttrain.parallel.whole import across_parts
 from disttrain.precision import LossScale, autocast, master_dtype
 
@@ -65,6 +66,8 @@ class NativeEngine:
         self._late: dict[str, Tensor] = {}
         """What a codec of before has left behind: a part of the next step's gradient."""
         self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
+        self._clock = Clock(device)
+        self._skips = self.scale.dynamic or config.watch.on_nonfinite == "skip"
         self._settled = not any(isinstance(chunk.module, DistributedDataParallel) for chunk in self.chunks)
         self.watch: Callable[[Moment], None] | None = None
         """Called within a step when gradients are complete but still scaled, when clipped, and when updated: for proofs."""
@@ -92,8 +95,7 @@ class NativeEngine:
         divided, counts, tokens = self._count(batches)
         coder = self._compressor if self._outer is None else None  # of gradients
         if coder is not None:
-            may_skip = self.scale.dynamic or not self._settled
-            coder.begin(step, self.scale.value, may_skip, self._known(step))
+            coder.begin(step, self.scale.value, self._skips or not self._settled, self._known(step))
         sums = self._forward_and_backward(batches, divided)
         totals = reduce_over(self.groups.world, sums)
         if self._reduction is not None:
@@ -103,7 +105,7 @@ class NativeEngine:
         gradients.complete(self.parameters, self.groups, self._model.tied, reduced, coder, self._inner, *late)
         self._tell("reduced")
         scale = self.scale.value
-        norm, skipped = self._unscale_and_clip()
+        norm, skipped = self._unscale_and_clip(totals)
         self._tell("clipped")
         if not skipped:
             self._update(step, learning_rate)
@@ -154,7 +156,8 @@ class NativeEngine:
             sums = self._run_schedule(self._pipeline, batches, scaled)
         else:
             self._settle(batches, scaled)
-            sums = [self._backward(b, scaled, last=b is batches[-1]) for b in batches]
+            with self._clock.whole():
+                sums = [self._backward(b, scaled, last=b is batches[-1]) for b in batches]
         total = torch.stack(sums).sum(0) if sums else torch.zeros(len(counts), device=self.device)
         total = total.to(master_dtype(self.precision))
         return total if self.groups.tensor.rank == 0 else torch.zeros_like(total)
@@ -182,7 +185,7 @@ class NativeEngine:
         chunk = self.chunks[0]
         data.synchronise(chunk.model, self.config.parallel.zero, last)
         with data.unsynchronised(chunk.module, last):
-            with autocast(self.precision, self.device.type):
+            with self._clock.busy(), autocast(self.precision, self.device.type):
                 losses = chunk.module(batch, self.config.train.label_smoothing)
             loss, kept = scaled(losses)
             loss.backward()
@@ -209,14 +212,15 @@ class NativeEngine:
         split = self.groups.tensor.size if self.config.parallel.sequence else 1
         return sequences, length // split, self.config.model.hidden_size
 
-    def _unscale_and_clip(self) -> tuple[Tensor, bool]:
-        """Global gradient norm before clipping, and whether this step must be skipped: by every rank or none."""
+    def _unscale_and_clip(self, totals: Tensor) -> tuple[Tensor, bool]:
+        """Global gradient norm before clipping, and whether this step must be skipped: by every rank or none. fp16 asks for
+        the gradient alone, `watch.on_nonfinite=skip` for the losses' `totals` as well; others do not wait for it."""
         if self._outer is None:
             norm = own = gradients.global_norm(self.parameters, self.groups, self.device)
         else:  # each worker clips by its own
             norms = gradients.workers_norms(self.parameters, self.groups, self._workers, self.device)
             norm, own = norms.square().mean().sqrt(), norms[self._workers.rank]
-        skipped = self.scale.dynamic and not bool(norm.isfinite().item())
+        skipped = self._skips and not bool((norm if self.scale.dynamic else norm + 0 * totals.sum()).isfinite().item())
         norm, own = norm / self.scale.value, own / self.scale.value
         factor, limit = 1.0 / self.scale.value, self.config.train.clip_grad_norm
         if limit is not None:
@@ -282,6 +286,10 @@ class NativeEngine:
     def bubble(self) -> tuple[float, float] | None:
         """Seconds this rank's stages computed and seconds the schedule took since the last call; None without stages."""
         return None if self._pipeline is None else self._pipeline.bubble()
+
+    def forward_seconds(self) -> float | None:
+        """Seconds of this rank's forward passes since the last call; None with stages, whose time `bubble` knows."""
+        return None if self._pipeline is not None else self._clock.take()[0]
 
     def held(self, what: Held) -> list[tuple[sharding.Shard, Tensor]]:
         """This rank's part of every weight, of the model's copy of it, or of its (scaled) gradient. For proofs."""

@@ -1,6 +1,6 @@
 """What a rank is doing, from its Python stack. Imports no torch.
 
-Files are named as the watch names them: `disttrain/...`, `torch/...`, `python/...` (its library), `site-packages/...`, and
+Files are named as the observer names them: `disttrain/...`, `torch/...`, `python/...` (its library), `site-packages/...`, and
 the user's own by their whole path.
 """
 

@@ -21,18 +21,24 @@ class TensorBoardSink:
         # Typed as Any: protobuf makes these classes when the module is loaded, so a type checker sees none of them.
         events: Any = event_pb2
         summaries: Any = summary_pb2
-        self._event, self._summary = events.Event, summaries.Summary
+        self._event, self._summary, self._session_log = events.Event, summaries.Summary, events.SessionLog
         self._writer = EventFileWriter(str(folder), flush_secs=FLUSH_SECONDS)
         if resumed_step is not None:
-            restart = events.SessionLog(status=events.SessionLog.START)
-            self._writer.add_event(events.Event(step=resumed_step + 1, session_log=restart))
+            self._drop_after(resumed_step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Take one record; written within FLUSH_SECONDS by a thread of the package."""
+        if record.get("event") == "rolled_back":
+            self._drop_after(record["details"]["to_step"])
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
         if values:
             event = self._event(wall_time=record["time"], step=record["step"], summary=self._summary(value=values))
             self._writer.add_event(event)
+
+    def _drop_after(self, step: int) -> None:
+        """Tell readers to drop what is already written of later steps."""
+        restart = self._session_log(status=self._session_log.START)
+        self._writer.add_event(self._event(step=step + 1, session_log=restart))
 
     def close(self) -> None:
         """Flush and close."""

@@ -14,6 +14,8 @@ TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 120.0}
 """Seconds that W&B may hold up the start and the end of training; WANDB_INIT_TIMEOUT and so on win."""
 REPORT = ("config.yaml", "summary.json", "loss_curve.png", "metrics.jsonl")
 """Files of the run folder that the artefact of a finished run holds."""
+ALERTS = ("not_finite", "loss_spike", "rolled_back", "slow_rank")
+"""Events that W&B sends to people, at most one a minute under each name."""
 ARTIFACT_TYPE = "disttrain-run"
 _EXIT_CODES = {"interrupted": 130}
 
@@ -62,6 +64,10 @@ class WandbSink:
         elif kind == "summary":
             self._exit_code = _EXIT_CODES.get(record["stop_reason"], 0)
             self._run.summary.update({f"summary/{key}": value for key, value in record.items() if key != "kind"})
+        elif record.get("event") in ALERTS:
+            self._run.alert(title=record["event"], text=f"step {record['step']}: {record['message']}", level="WARN")
+            if record["event"] == "rolled_back":
+                self._reached = max(self._reached, record["details"]["from_step"])
         elif kind in ("step", "eval") and record["step"] > self._reached:
             self._run.log(scalars(record), step=record["step"])
 

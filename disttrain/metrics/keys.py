@@ -45,7 +45,12 @@ _ALL = (
     Metric("grad_norm", "-", "global 2-norm of the gradient before clipping; null where the engine gives none", _STEP),
     Metric("gradient_clip_factor", "-", "what clipping multiplied the gradient with; null without clipping", _STEP),
     Metric("loss_scale", "-", "fp16 loss scale of this step; null without one", _STEP_END),
-    Metric("skipped_steps", "steps", "updates skipped so far because a gradient overflowed", _STEP_END),
+    Metric(
+        "skipped_steps",
+        "steps",
+        "updates skipped so far because a gradient, or with watch.on_nonfinite=skip the loss, was no number",
+        _STEP_END,
+    ),
     # step: time
     Metric("interval_steps", "steps", "steps since the last step record: n", _STEP),
     Metric("warmup", "-", "true when one of the n steps is a warm-up step", _STEP),
@@ -59,6 +64,15 @@ _ALL = (
     Metric(
         "data_seconds", "s", "time spent waiting for data in the n steps / n, worst rank; part of step_seconds", _STEP
     ),
+    Metric(
+        "own_seconds_max",
+        "s",
+        "data_seconds and time of forward passes (with a pipeline: in which its stages computed) of one rank in the n "
+        "steps / n, worst rank",
+        _STEP,
+    ),
+    Metric("own_seconds_max_rank", "-", "rank of own_seconds_max", _STEP),
+    Metric("own_seconds_median", "s", "the same, median of all ranks", _STEP),
     # step: FLOPs
     Metric(
         "model_flops_per_second_per_rank",
@@ -151,7 +165,7 @@ _ALL = (
     Metric(
         "event",
         "-",
-        "name of the event, for example resumed, rewound, checkpoint_saved, interrupted, sink_failed",
+        "name of the event, for example checkpoint_saved, loss_spike, rolled_back, slow_rank, sink_failed",
         _EVENT,
     ),
     Metric("message", "-", "one sentence for a person", _EVENT),

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 PROC_STATUS = Path("/proc/self/status")
@@ -35,6 +36,17 @@ class RankReading:
     """Time inside the pipeline's schedule since the last step record; None without pipeline stages."""
     wire_bytes: float = 0.0
     """Bytes that left this rank since the last step record, with rings."""
+    compute_seconds: float | None = None
+    """Time of forward passes, or in which stages computed, since the last step record; None where it is not known."""
+    stage: int = 0
+    """Pipeline rank: ranks with the same one compute the same."""
+    host: str = ""
+    """Name of the machine."""
+
+    @property
+    def own_seconds(self) -> float:
+        """Time this rank took since the last step record for what it does by itself."""
+        return self.data_seconds + (self.compute_seconds or 0.0)
 
 
 def read_rank(rank: int, device_type: str, **counters: Any) -> RankReading:
@@ -83,6 +95,9 @@ def reduce_ranks(readings: Sequence[RankReading], interval_steps: int = 1) -> di
     record["comm_bytes_uncompressed_per_step"] = max(r.comm_bytes_uncompressed for r in readings) / interval_steps
     record["wire_bytes_per_step"] = max(r.wire_bytes for r in readings) / interval_steps
     record["data_seconds"] = max(r.data_seconds for r in readings) / interval_steps
+    own, rank = max((r.own_seconds, -r.rank) for r in readings)
+    record |= {"own_seconds_max": own / interval_steps, "own_seconds_max_rank": -rank}
+    record["own_seconds_median"] = median(r.own_seconds for r in readings) / interval_steps
     record["pipeline_bubble_fraction"] = _bubble(readings)
     return record
 

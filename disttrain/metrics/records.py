@@ -155,6 +155,12 @@ class Metrics:
             "throughput": self.throughput.state_dict(),
         }
 
+    def roll_back(self, state: Mapping[str, Any]) -> None:
+        """Count again from a checkpoint that this process went back to (empty: from the beginning); time goes on."""
+        best = state.get("best_eval")
+        self._best = (float(best[0]), int(best[1])) if best else None
+        self.throughput.roll_back(state.get("throughput", {}))
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the totals of an earlier process."""
         best = state["best_eval"]

@@ -57,7 +57,7 @@ class Throughput:
         self.tokens_seen = 0
         """Tokens of all steps, without padding."""
         self.skipped_steps = 0
-        """Steps whose update was skipped because a gradient overflowed."""
+        """Steps whose update was skipped because a gradient, or the loss, was no number."""
         self.excluded_seconds: dict[str, float] = {kind: 0.0 for kind in EXCLUDED}
         """Time of the excluded blocks by kind."""
         self._clock = clock
@@ -151,6 +151,11 @@ class Throughput:
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self.skipped_steps,
         }
+
+    def roll_back(self, state: Mapping[str, Any]) -> None:
+        """Count tokens and skipped steps again from a checkpoint; what was done since took its time all the same."""
+        self.tokens_seen = int(state.get("tokens_seen", 0))
+        self.skipped_steps = int(state.get("skipped_steps", 0))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from an earlier process; its warm-up does not spare ours."""

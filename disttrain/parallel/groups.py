@@ -72,6 +72,12 @@ def beside(groups: Groups, zero: int) -> Group:
     return replace(mine, process_group=made[mine.ranks])
 
 
+def for_checkpoints(world_size: int) -> dist.ProcessGroup | None:
+    """All ranks once more, over the hosts (gloo), for a thread beside the step; None where there is only one. All ranks call
+    it together."""
+    return _make(range(world_size), "checkpoint", "gloo") if world_size > 1 else None
+
+
 def make_groups(mesh: Mesh, rank: int, device_type: str, traffic: Traffic) -> Groups:
     """Make the groups of `rank`. Every rank of the world calls it, after the process group has started."""
 
@@ -114,9 +120,9 @@ def _new_group(mesh: Mesh, ranks: tuple[int, ...], name: str) -> dist.ProcessGro
     return _make(ranks, name)
 
 
-def _make(ranks: Sequence[int], name: str) -> dist.ProcessGroup:
+def _make(ranks: Sequence[int], name: str, backend: str | None = None) -> dist.ProcessGroup:
     """A group that waits as long as the world does; an explanation of a hang calls it by its name."""
-    return dist.new_group(list(ranks), timeout=world.timeout(), group_desc=name)  # pyright: ignore[reportReturnType]
+    return dist.new_group(list(ranks), timeout=world.timeout(), backend=backend, group_desc=name)  # pyright: ignore[reportReturnType]
 
 
 def _name(axes: tuple[str, ...]) -> str:

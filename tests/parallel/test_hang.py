@@ -1,4 +1,4 @@
-"""The watch of every rank on real groups: what it writes when nothing moves, and that it takes it back."""
+"""The observer of every rank on real groups: what it writes when nothing moves, and that it takes it back."""
 
 import os
 import time
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from disttrain.failures import lost_a_peer
 from disttrain.hang import files
-from disttrain.hang.watch import ledger, watching
+from disttrain.hang.observer import ledger, observing
 from disttrain.launch import detect
 from disttrain.mesh import Mesh
 from disttrain.parallel import world
@@ -25,12 +25,12 @@ def until(true) -> None:
         time.sleep(0.02)
 
 
-def _watched(rank: int, folder: Path) -> None:
+def _observed(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
     reached = [7]
-    with watching(folder, detect(os.environ), 1.0) as watch:
-        watch.step = lambda: reached[0]
+    with observing(folder, detect(os.environ), 1.0) as observer:
+        observer.step = lambda: reached[0]
         until(lambda: len(files.read(folder)) == 2)
         found = files.read(folder)[1 - rank]
         assert (found.step, found.error) == (7, None)
@@ -41,7 +41,7 @@ def _watched(rank: int, folder: Path) -> None:
 
 
 def test_a_rank_that_does_not_move_says_so_until_it_does(tmp_path: Path) -> None:
-    run_ranks(_watched, 2, tmp_path)
+    run_ranks(_observed, 2, tmp_path)
 
 
 def _groups(rank: int) -> None:

@@ -50,3 +50,14 @@ def test_steps_done_again_after_a_resume_replace_the_earlier_ones(tmp_path):
                 loggers.write(step(n, loss))
     got = [(e.step, e.value) for e in read(tmp_path).Scalars("train/loss")]
     assert got == [(n, 1.0 if n <= 4 else 2.0) for n in range(1, 10)]
+
+
+def test_steps_done_again_after_a_rollback_replace_the_earlier_ones(tmp_path):
+    with open_loggers(CONFIG, tmp_path, {"name": "a"}, None) as loggers:
+        for n in range(1, 8):
+            loggers.write(step(n, 1.0))
+        loggers.event("rolled_back", "back", step=7, from_step=7, to_step=4)
+        for n in range(5, 10):
+            loggers.write(step(n, 2.0))
+    got = [(e.step, e.value) for e in read(tmp_path).Scalars("train/loss")]
+    assert got == [(n, 1.0 if n <= 4 else 2.0) for n in range(1, 10)]

@@ -68,6 +68,17 @@ def test_one_run_with_our_steps_continues_under_its_id_without_a_step_twice(tmp_
     assert (first.exit_code, second.exit_code) == (1, 0)  # without a summary the run is marked as failed
 
 
+def test_a_rollback_alerts_and_sends_no_step_twice(tmp_path, monkeypatch):
+    back = "loggers.event('rolled_back', 'back', step=n, from_step=n, to_step=2)"
+    again = "[loggers.write({'kind': 'step', 'step': m, 'loss': 9.0}) for m in range(3, n + 3)]"
+    program = PROGRAM.replace("    if sys.argv[6]", f"    {back}; {again}\n    if sys.argv[6]")
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", program)
+    train(tmp_path, 1, 5, "new")
+    (process,) = written(tmp_path)
+    assert [(step, row["train/loss"] == 9.0) for step, row in process.rows] == [(n, n > 5) for n in range(1, 8)]
+    assert process.alerts == [("rolled_back", "step 5: back")]
+
+
 def test_a_key_in_the_environment_is_not_written_anywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET_WORD", "xyzzy-0123456789")
     secret = "0123456789abcdef0123456789abcdef01234567"

@@ -220,7 +220,7 @@ def test_the_worst_rank_is_named():
         [
             RankReading(0, 10, 40, 7, 5, comm_bytes=100, comm_bytes_uncompressed=400, data_seconds=0.5),
             RankReading(1, 30, 40, 6, 6, comm_bytes=300, comm_bytes_uncompressed=400, data_seconds=2.0),
-            RankReading(2, 30, None, 9, 4),
+            RankReading(2, 30, None, 9, 4, compute_seconds=3.0),
         ],
         interval_steps=4,
     )
@@ -236,6 +236,9 @@ def test_the_worst_rank_is_named():
         "comm_bytes_uncompressed_per_step": 100.0,
         "wire_bytes_per_step": 0.0,
         "data_seconds": 0.5,
+        "own_seconds_max": 0.75,
+        "own_seconds_max_rank": 2,
+        "own_seconds_median": 0.5,
         "pipeline_bubble_fraction": None,
     }
     with pytest.raises(ValueError):

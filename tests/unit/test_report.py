@@ -108,6 +108,20 @@ def test_what_is_known_on_a_gpu_is_shown(tmp_path):
     assert got["failed sinks"] == "wandb"
 
 
+def test_what_a_rollback_took_back_is_not_of_the_run_but_is_told(tmp_path):
+    spike = {"kind": "event", "event": "loss_spike", "step": 4, "message": "m", "details": {}}
+    left_out = {"from_step": 4, "to_step": 2, "first_batch": 2, "last_batch": 3}
+    back = {"kind": "event", "event": "rolled_back", "step": 4, "message": "m", "details": left_out}
+    slow = {"kind": "event", "event": "slow_rank", "step": 4, "message": "m", "details": {"rank": 3, "host": "h"}}
+    before, after = [step(n, 1.0) for n in (1, 2, 3, 4)], [step(n, 2.0) for n in (3, 4, 5)]
+    run = run_of(tmp_path, HEADER, *before, held_out(4, 9.0), spike, back, *after, slow, slow)
+    assert [(record["step"], record["loss"]) for record in run.steps] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    got = table_text(run)
+    assert got["loss spikes"] == "at step 4" and got["slow ranks"] == "3 on h"
+    assert got["rolled back"] == "from step 4 to 2, batches 2 to 3 left out"
+    assert got["held-out loss"] == "- (not evaluated)"
+
+
 def test_the_bubble_stands_beside_the_theoretical_one(tmp_path):
     shares = {"pipeline_bubble_fraction_theory": 0.2}
     steps = [step(n, 1.0, pipeline_bubble_fraction=n / 10, **shares) for n in (1, 3, 4)]

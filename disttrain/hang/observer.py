@@ -75,7 +75,7 @@ def _claim(folder: Path, name: str) -> bool:
     return True
 
 
-class Watch:
+class Observer:
     """Looks at one rank from a thread of its own. `step` gives the last step that ended; None before the first."""
 
     def __init__(self, folder: Path, rank: RankInfo, timeout_s: float):
@@ -83,7 +83,7 @@ class Watch:
         self._folder, self._rank, self._timeout_s = folder, rank, timeout_s
         self._main, self._ended = threading.get_ident(), threading.Event()
         self._written: RankState | None = None
-        self._thread = threading.Thread(target=self._look, name="hang watch", daemon=True)
+        self._thread = threading.Thread(target=self._look, name="hang observer", daemon=True)
 
     def start(self) -> None:
         """Begin to look. The first rank removes what an earlier attempt has left; it has not met the others yet."""
@@ -152,19 +152,19 @@ class Watch:
 
 
 @contextmanager
-def watching(folder: Path, rank: RankInfo, timeout_s: float) -> Iterator[Watch]:
-    """Watch what this rank does in the block. Raises Unanswered where it fails because other ranks are late or gone."""
-    watch = Watch(folder, rank, timeout_s)
-    watch.start()
+def observing(folder: Path, rank: RankInfo, timeout_s: float) -> Iterator[Observer]:
+    """Observe what this rank does in the block. Raises Unanswered where it fails because other ranks are late or gone."""
+    observer = Observer(folder, rank, timeout_s)
+    observer.start()
     try:
-        yield watch
+        yield observer
     except RefusedInput:
         raise
     except Exception as error:
         if rank.world_size == 1:
             raise
         try:
-            watch.failed(error)
+            observer.failed(error)
         except Exception as another:  # which must not hide the first one
             logging.getLogger("disttrain").error("nothing was written for explain", exc_info=another)
         if lost_a_peer(error):
@@ -172,7 +172,7 @@ def watching(folder: Path, rank: RankInfo, timeout_s: float) -> Iterator[Watch]:
             raise Unanswered(str(error), folder, rank.world_size) from error
         raise
     finally:
-        watch.stop()
+        observer.stop()
 
 
 def ledger() -> tuple[Call, ...]:
