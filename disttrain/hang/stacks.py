@@ -1,7 +1,7 @@
 """What a rank is doing, from its Python stack. Imports no torch.
 
-Files are named as the observer names them: `disttrain/...`, `torch/...`, `python/...` (its library), `site-packages/...`, and
-the user's own by their whole path.
+Files are named as the observer names them: `disttrain/...`, `torch/...`, `python/...` (its library), `site-packages/...`,
+and the user's own by their whole path.
 """
 
 from collections.abc import Sequence
