@@ -25,10 +25,10 @@ def overview(config: Config, world_size: int) -> Group:
     config = with_values(config, {"model.vocab_size": rows})
     path, damaged = preflight.resume_from(config)
     start = f"resumes from {path}" if path else "starts a new run"
-    notes = [f"checkpoint not used: {line}" for line in damaged]
+    notes = [Text(f"checkpoint not used: {line}") for line in damaged]
     mesh = build_mesh(config.parallel, world_size)
     return Group(
-        _shape(config, mesh), "", _memory(config, mesh), "", f"{preflight.run_folder(config)}: {start}", *notes
+        _shape(config, mesh), "", _memory(config, mesh), "", Text(f"{preflight.run_folder(config)}: {start}"), *notes
     )
 
 

@@ -67,7 +67,6 @@ class NativeEngine:
         """What a codec of before has left behind: a part of the next step's gradient."""
         self._pipeline = self._make_pipeline() if groups.mesh.pipeline > 1 else None
         self._clock = Clock(device)
-        self._skips = self.scale.dynamic or config.watch.on_nonfinite == "skip"
         self._settled = not any(isinstance(chunk.module, DistributedDataParallel) for chunk in self.chunks)
         self.watch: Callable[[Moment], None] | None = None
         """Called within a step when gradients are complete but still scaled, when clipped, and when updated: for proofs."""
@@ -121,6 +120,10 @@ class NativeEngine:
         losses = {name: LossSum(totals[i], counts[name]) for i, name in enumerate(counts)}
         positions = sum(batch["tokens"].size for batch in micro_batches) * self.groups.mesh.data_ranks
         return StepResult(losses, tokens, positions, norm, scale, skipped)
+
+    @property
+    def _skips(self) -> bool:
+        return self.scale.dynamic or self.config.watch.on_nonfinite == "skip"
 
     def _tell(self, moment: Moment) -> None:
         if self.watch is not None:

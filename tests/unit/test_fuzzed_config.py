@@ -76,8 +76,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-TEXTS = ["", " ", "corpus", "corpus/*", "corpus/text.txt", "../..", "~nobody/x", "[/red]", "[bold", "a\x00b", "\ud800",
-         "x" * 5000, "model.py:Model", "null", "bert-tiny", "gpt2-124m", "gpt3-175b"]  # fmt: skip
+TEXTS = [
+    "", " ", "corpus", "corpus/*", "corpus/text.txt", "nowhere/..", "~nosuchuser/x", "y" * 300, "x" * 5000, "[/red]", "[bold",
+    "a\x00b", "\ud800", "model.py:Model", "null", "bert-tiny", "gpt2-124m", "gpt3-175b",
+]  # fmt: skip
 NUMBERS = [0, 1, 2, 3, 4, 8, 16, 64, -1, 10**6, 10**9, 10**15, 2**63, 2**64, 10**30, 10**400, 0.0, 0.1, 0.5, 1.0, -0.5,
            1e-300, 1e30, 1e308]  # fmt: skip
 plain = st.one_of(
@@ -143,6 +145,18 @@ def test_any_values_are_refused_or_shown(folder: Path, values: list, ranks: int)
     written(folder, changed(values))
     check(folder / "run.yaml", [f"data.cache_dir={folder / 'cache'}"], ranks)
     assert sorted(p.name for p in folder.iterdir()) == ["corpus", "run.yaml"]
+
+
+NAMES = ["run.dir", "run.name", "data.path", "data.held_out_path", "data.cache_dir", "data.tokenizer_path",
+         "checkpoint.resume", "checkpoint.weights", "model.source"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_any_path_is_refused_or_shown(folder: Path, key: str) -> None:
+    for text in TEXTS:
+        values = [("data.tokenizer", "gpt2")] if key == "data.tokenizer_path" else []
+        written(folder, changed([*values, ("data.cache_dir", "cache"), (key, text)]))
+        check(folder / "run.yaml", [], 2)
 
 
 @FUZZ

@@ -38,9 +38,9 @@ def clip_by_local_norm() -> None:
     """The reported norm is right, the clip factor is that of the rank's own shards."""
 
     def make(clip: Any) -> Any:
-        def changed(self: NativeEngine) -> tuple[Tensor, bool]:
+        def changed(self: NativeEngine, totals: Tensor) -> tuple[Tensor, bool]:
             own, limit = local_norm(self.parameters) / self.scale.value, self.config.train.clip_grad_norm or 1.0
-            norm, skipped = clip(self)
+            norm, skipped = clip(self, totals)
             if not skipped:
                 wrong = torch.clamp(limit / (own + 1e-6), max=1.0) / torch.clamp(limit / (norm + 1e-6), max=1.0)
                 gradients.multiply(self.parameters, wrong)
@@ -53,8 +53,8 @@ def clip_by_local_norm() -> None:
 
 def clip_before_unscaling() -> None:
     def make(clip: Any) -> Any:
-        def changed(self: NativeEngine) -> tuple[Tensor, bool]:
-            norm, skipped = clip(self)
+        def changed(self: NativeEngine, totals: Tensor) -> tuple[Tensor, bool]:
+            norm, skipped = clip(self, totals)
             limit = self.config.train.clip_grad_norm or 1.0
             if not skipped:
                 factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
@@ -69,9 +69,9 @@ def clip_before_unscaling() -> None:
 
 def one_rank_skips_alone() -> None:
     def make(clip: Any) -> Any:
-        def changed(self: NativeEngine) -> tuple[Tensor, bool]:
+        def changed(self: NativeEngine, totals: Tensor) -> tuple[Tensor, bool]:
             overflow = not bool(local_norm(self.parameters).isfinite())
-            norm, _ = clip(self)
+            norm, _ = clip(self, totals)
             return norm, overflow
 
         return changed
@@ -90,8 +90,8 @@ def skipped_step_decays() -> None:
     """A skipped step still calls the optimizer, with gradients of zero."""
 
     def make(clip: Any) -> Any:
-        def changed(self: NativeEngine) -> tuple[Tensor, bool]:
-            norm, skipped = clip(self)
+        def changed(self: NativeEngine, totals: Tensor) -> tuple[Tensor, bool]:
+            norm, skipped = clip(self, totals)
             if skipped:
                 for gradient in gradients_of(self.parameters):
                     gradient.zero_()
@@ -107,8 +107,8 @@ def skipped_step_counts() -> None:
     """A skipped step advances the bias correction."""
 
     def make(clip: Any) -> Any:
-        def changed(self: NativeEngine) -> tuple[Tensor, bool]:
-            norm, skipped = clip(self)
+        def changed(self: NativeEngine, totals: Tensor) -> tuple[Tensor, bool]:
+            norm, skipped = clip(self, totals)
             for state in self.optimizer.state.values() if skipped else []:
                 state["step"] += 1
             return norm, skipped
