@@ -77,7 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 TEXTS = [
-    "", " ", "corpus", "corpus/*", "corpus/text.txt", "nowhere/..", "~nosuchuser/x", "y" * 300, "x" * 5000, "[/red]", "[bold",
+    "", "corpus", "corpus/*", "corpus/text.txt", "nowhere/..", "~nosuchuser/x", "y" * 300, "x" * 5000, "[/red]", "[bold",
     "a\x00b", "\ud800", "model.py:Model", "null", "bert-tiny", "gpt2-124m", "gpt3-175b",
 ]  # fmt: skip
 NUMBERS = [0, 1, 2, 3, 4, 8, 16, 64, -1, 10**6, 10**9, 10**15, 2**63, 2**64, 10**30, 10**400, 0.0, 0.1, 0.5, 1.0, -0.5,
