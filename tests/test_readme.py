@@ -12,6 +12,7 @@ import pytest
 
 from disttrain import layout
 from disttrain.config.load import load
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = ROOT / "configs/wandb_sweep.yaml"
@@ -31,11 +32,7 @@ def commands() -> list[str]:
 
 def test_every_command_of_the_readme(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    tools = {
-        "disttrain": [sys.executable, "-m", "disttrain"],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-    }
-    ran = 0
+    environment, ran = {**os.environ, "OMP_NUM_THREADS": "1"}, 0
     for line in commands():
         words = shlex.split(line)
         if words[0] == "make":  # make test runs this very test; make demo is tested as disttrain demo
@@ -43,10 +40,15 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
             continue
         takes_settings = words[1] != "checkpoint" and {"train", "check", "prepare", "verify"} & set(words)
         small = [*SMALL, "data.tokenizer_vocab_size=400"] if "configs/bert_tiny.yaml" in words else SMALL
-        done = subprocess.run(
-            [*tools[words[0]], *words[1:], *(small if takes_settings else [])], cwd=tmp_path, capture_output=True,
-            text=True, check=False, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        words += small if takes_settings else []
+        if words[0] == "disttrain":
+            done = warm.run(words[1:], tmp_path, environment, timeout_s=200)
+        else:
+            assert words[0] == "torchrun"
+            torchrun = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+            done = subprocess.run(
+                torchrun, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200, env=environment
+            )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 10

@@ -1,7 +1,7 @@
 """`disttrain` in a process forked from one that has imported it: as `python -m disttrain`, without its seconds of imports.
 
 Each process of pytest has one fork server (multiprocessing's), which only imports. Real processes are started by
-tests/launchers, tests/test_readme.py and whatever has to be interrupted.
+tests/launchers and whatever has to be interrupted.
 """
 
 import os

@@ -7,6 +7,8 @@ from disttrain.hang.files import Call, RankState
 
 ALIKE = ("all_reduce", "allreduce", "broadcast", "reduce_scatter")
 """Collectives to which every rank of a group hands the same shape."""
+BESIDE = ("checkpoint", "beside the step")
+"""Ends of the names of groups over which a thread beside the step talks."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,19 @@ class Wait:
 
 
 def waits(states: Mapping[int, RankState]) -> list[Wait]:
-    """The first collective of each rank that waits for others, the one that was started first at the beginning."""
+    """The first collective of each rank that waits for others, the one that was started first at the beginning; one of a
+    thread beside the step only where the step waits in none."""
     last = _last(states)
     found = [wait for state in states.values() if (wait := _first(state, states, last)) is not None]
-    return sorted(found, key=lambda wait: (wait.call.since, wait.rank))
+    return sorted(found, key=lambda wait: (_beside(wait.call), wait.call.since, wait.rank))
+
+
+def _beside(call: Call) -> bool:
+    return call.axis.endswith(BESIDE)
 
 
 def _first(state: RankState, states: Mapping[int, RankState], last: Mapping[tuple[int, str], int]) -> Wait | None:
-    for call in state.calls:
+    for call in sorted(state.calls, key=_beside):
         absent = tuple(
             rank for rank in call.ranks
             if rank not in states or (states[rank].calls and last.get((rank, call.group), 0) < call.sequence)

@@ -145,8 +145,10 @@ def test_equals_one_process(family: str, n: int, sequence: bool, dropout: float)
     check(config_of(family, dropout), n, sequence, smoothing=0.1 if dropout else 0.0)
 
 
-@pytest.mark.parametrize("form", ["full", "selective", "compiled"])
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(
+    ("form", "sequence"),
+    [("full", False), ("full", True), ("selective", False), ("selective", True), ("compiled", True)],
+)
 def test_recomputed_and_compiled(form: str, sequence: bool) -> None:
     check(config_of("gpt", 0.1), 2, sequence, form=form)
 

@@ -12,7 +12,7 @@ from disttrain.hang.explanation import explain
 from disttrain.hang.files import Call, Frame, RankState
 from disttrain.hang.reading import evidence_of
 
-GROUPS = {"tensor": ((0, 1), (2, 3)), "data": ((0, 2), (1, 3)), "world": ((0, 1, 2, 3),)}
+GROUPS = {"tensor": ((0, 1), (2, 3)), "data": ((0, 2), (1, 3)), "world": ((0, 1, 2, 3),), "checkpoint": ((0, 1, 2, 3),)}
 REDUCE = Frame("disttrain/parallel/tensor.py", 179, "forward", "return conjugate.reduce_from(rows, self.group)")
 WAITING = (Frame("torch/distributed/distributed_c10d.py", 3245, "all_reduce", "work.wait()"),
            Frame("disttrain/parallel/collectives.py", 68, "reduce_over", "dist.all_reduce(tensor)"), REDUCE)  # fmt: skip
@@ -50,6 +50,12 @@ def test_a_rank_that_left_nothing_is_named_with_its_host_and_its_last_words(tmp_
     assert "after step 12. Ranks 0, 1 have to wait in turn. Likely cause: rank 3 left no word" in text
     assert "is stopped, its host is down or cut off" in text
     assert text.endswith("is: 12:01 link down. The same command goes on from the newest checkpoint.")
+
+
+def test_what_the_step_waits_in_comes_before_the_checkpoint_beside_it(tmp_path: Path) -> None:
+    text = said(tmp_path, *(state(rank, call(rank, "checkpoint", 3), call(rank, "world", 7)) for rank in range(3)))
+    assert "in all_reduce number 7 of group world" in text
+    assert "checkpoint (" not in text
 
 
 def test_a_closed_connection_means_that_the_process_is_gone(tmp_path: Path) -> None:
