@@ -1,11 +1,11 @@
 """The faults of the table in docs/faults.md: each strikes a real run, and tells what became of it."""
 
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import psutil
 
 from disttrain import checkpoint
-from disttrain.data.shards import read_index, shard_name
+from disttrain.data.files import sha256_file
+from disttrain.data.shards import INDEX, read_index, shard_name
 from tests.faults.job import (
     EVERY,
     Job,
@@ -78,9 +79,7 @@ def rank_stopped(place: Place, name: str) -> Row:
         job.kill()
         raise
     place.ends(job, 1)
-    command = [sys.executable, "-m", "disttrain", "explain", f"runs/{name}"]
-    told = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, check=True).stdout
-    if "Rank 1 (host" not in told:
+    if "Rank 1 (host" not in (told := place.command("explain", f"runs/{name}")):
         raise WentWrong(f"explain does not name the rank:\n{told}")
     return Row("the message, and `disttrain explain`", noticed - struck, 1, again=place.lost(job),
                gave=place.resumes(name, limit))  # fmt: skip
@@ -213,25 +212,24 @@ def nan_of_the_model(place: Place, name: str) -> Row:
 
 
 def token_out_of_range(place: Place, name: str) -> Row:
-    """Ids of 65535 in the second half of a prepared shard."""
-    prepared = subprocess.run(
-        [sys.executable, "-m", "disttrain", "data", "prepare", "hit.yaml", "--out", f"tokens_{name}"],
-        cwd=place.folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if prepared.returncode:
-        raise WentWrong(prepared.stderr)
+    """Ids of 65535 in the second half of a shard, with wrong checksums, and with right ones, as of another program."""
+    place.command("data", "prepare", "hit.yaml", "--out", f"tokens_{name}")
     folder = place.folder / f"tokens_{name}"
     tokens = read_index(folder).shards[0]["train"]["tokens"]
     with (folder / shard_name(0)).open("r+b") as file:
         file.seek(tokens)  # two bytes each
         file.write(b"\xff" * (tokens // 2))
     words = ("data.corpus=tokens", f"data.path={folder.name}")
-    began = time.time()
+    place.ends(place.start(name, *words), 2)
+    index = json.loads((folder / INDEX).read_text())
+    index["shards"][0]["sha256"] = sha256_file(folder / shard_name(0))
+    (folder / INDEX).write_text(json.dumps(index))
     job = place.start(name, *words)
-    noticed = place.says(job, "is no token of the tokenizer")
+    noticed = place.says(job, "which is no token of the tokenizer")
     place.ends(job, 1)
-    assert place.lost(job) < EVERY
-    return Row("the message, with the file", noticed - began, 1, "stopped before the step that would read it")
+    first = records(job.run, "header")[-1]["time"]
+    return Row("the message, with the folder", noticed - first, 1, "stopped before the step that has them; "
+               "refused at the start (2) where a checksum is wrong")  # fmt: skip
 
 
 def exploding(policy: str) -> Callable[[Place, str], Row]:

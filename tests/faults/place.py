@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from disttrain import checkpoint
+from tests import warm
 from tests.faults.job import (
     EVERY,
     PATIENCE_S,
@@ -64,6 +65,13 @@ class Place:
         write_corpus(folder / "corpus.txt")
         shutil.copy(Path(__file__).with_name("faulty.py"), folder)
         self.ends(start(folder, ranks=2, name="alone"), 0)
+
+    def command(self, *words: str) -> str:
+        """What a command prints. Raises WentWrong where it fails."""
+        done = warm.run(words, self.folder, os.environ, PATIENCE_S)
+        if done.returncode:
+            raise WentWrong(done.stdout + done.stderr)
+        return done.stdout
 
     def start(self, name: str, *words: str, options: str = SLOWLY, launcher: list[str] | None = None) -> Job:
         """Start a run on two ranks, with these options of the faulty model."""
