@@ -18,7 +18,6 @@ import torch
 import yaml
 
 from disttrain import checkpoint
-from disttrain.config.load import all_keys
 from tests.faults.job import (
     EVERY,
     PATIENCE_S,
@@ -59,7 +58,6 @@ LAYOUTS = [
 ]  # fmt: skip
 RANKS = 4
 TOLERANCE = 1e-10
-TIME_OUT = "run.timeout_s"
 
 
 @dataclass
@@ -106,7 +104,7 @@ def chaos(folder: Path, seed: int, goes_on: Callable[[int, float], bool]) -> lis
     while goes_on(len(blows), time.monotonic() - began):
         waiting = waiting or dice.sample(sorted(FAULTS), len(FAULTS))
         fault, layout = waiting.pop(), dice.choice(LAYOUTS)
-        limit = [f"{TIME_OUT}=5"] if fault == "one rank stopped" and TIME_OUT in all_keys() else []
+        limit = ["run.timeout_s=5"] if fault == "one rank stopped" else []
         job = start(folder, *layout, *limit, ranks=RANKS)
         try:
             _goes_on(job, blows, struck, dice)
@@ -145,11 +143,10 @@ def _hit(job: Job, fault: str, layout: str, dice: random.Random) -> Blow:
     strike, expected = FAULTS[fault]
     blow, began = Blow(fault, layout, last_step(job.run)), time.monotonic()
     strike(job, dice)
-    ends_itself = fault != "one rank stopped" or TIME_OUT in all_keys()
-    blow.exit_code = job.ended(PATIENCE_S if ends_itself else 2.0)
+    blow.exit_code = job.ended(PATIENCE_S)
     blow.seconds_to_end = time.monotonic() - began
     job.kill()
-    if ends_itself and blow.exit_code != expected:
+    if blow.exit_code != expected:
         raise WentWrong(f"{fault}: exit code {blow.exit_code}, not {expected}:\n{job.said}")
     said = job.said
     if fault in ("SIGTERM", "disk full for a rank") and "Traceback" in said:

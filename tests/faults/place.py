@@ -48,8 +48,8 @@ class Row:
     """By what one sees it."""
     seconds: float | None
     """From the fault until then; None where it is the next start that sees it."""
-    exit_code: int
-    """Of the job that was hit."""
+    exit_code: int | str
+    """Of the job that was hit; empty where others hold it."""
     gave: str
     """What the run then gave."""
     again: int | None = None

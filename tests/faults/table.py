@@ -24,6 +24,17 @@ HEAD = """| fault | noticed by | after, s | exit code | what the run then gave |
 """
 
 
+ELSEWHERE = {
+    "a node of a Slurm job dies, or the job is preempted": Row(
+        "Slurm", None, "", "queued again by itself, resumed exactly (`tests/cluster`)"
+    ),
+    "a rank killed, horovodrun elastic": Row(
+        "Horovod", None, "", "the others went on from the newest checkpoint (`tests/engines`)"
+    ),
+}
+"""What other tests hold to."""
+
+
 def line(fault: str, row: Row | str) -> str:
     """A line of the table, or why there is none."""
     if isinstance(row, str):
@@ -48,7 +59,7 @@ def measured(folder: Path, wanted: str) -> str:
         if wanted in fault:
             lines.append(line(fault, refused_here(case) or case.strike(place, f"hit_{number}")))
             print(lines[-1], end="", flush=True)
-    return "".join(lines)
+    return "".join([*lines, *(line(fault, row) for fault, row in ELSEWHERE.items())])
 
 
 def main() -> None:
