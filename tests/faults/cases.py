@@ -123,7 +123,10 @@ def host_cut_off(place: Place, name: str) -> Row:
 
 
 def checkpoint_refused(place: Place, name: str) -> Row:
+    """The log of the rank can grow no more either."""
     job, struck = place.reached(name), time.time()
+    with (job.run / "logs" / "rank_0001.log").open("a") as log:
+        log.write("\n" * 5000)
     refuse_the_disk(job, DICE)
     noticed = place.says(job, "could not be written: ")
     place.ends(job, 1)
