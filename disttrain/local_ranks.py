@@ -14,6 +14,7 @@ from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from typing import Literal
 
+import psutil
 import torch
 from torch.distributed import TCPStore
 
@@ -34,7 +35,8 @@ def start(ranks: int, fn: Callable[[Interruption], int], interruption: Interrupt
     `fn` finds its rank in the environment, as under any launcher, and asks its argument whether to stop; with "spawn"
     it is pickled. It gives its exit code, or raises. Ctrl-C, SIGTERM and SIGUSR1 are passed on to the ranks,
     which save a checkpoint and end with 130; without an `interruption` there is nothing to save, the ranks are killed and
-    KeyboardInterrupt is raised. When a rank fails the others are told to end, and killed after `GRACE_S`.
+    KeyboardInterrupt is raised. When a rank fails the others are told to end, and killed after `GRACE_S`;
+    those that are stopped are killed at once.
     """
     context = get_context("fork") if method == "fork" else get_context("spawn")
     port, known = context.Value("i", 0), context.Event()
@@ -107,11 +109,19 @@ def _wait(processes: Sequence[BaseProcess]) -> dict[int, int]:
         if codes and deadline is None:
             failed, deadline = codes, time.monotonic() + GRACE_S
             for process in running.values():
-                process.terminate()
+                process.kill() if _is_stopped(process) else process.terminate()
         elif deadline is not None and time.monotonic() >= deadline:
             for process in running.values():
                 process.kill()
     return failed
+
+
+def _is_stopped(process: BaseProcess) -> bool:
+    """Whether somebody has sent it SIGSTOP: it hears no other signal but SIGKILL."""
+    try:
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _exit_code(codes: dict[int, int]) -> int:

@@ -130,8 +130,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def log_to(path: Path) -> None:
-    """Send the log and every warning of this process to a file; the terminal stays for progress."""
+    """Send the log and every warning of this process to a file; the terminal stays for progress, also when the disk of the
+    log is full."""
     root = logging.getLogger()
+    logging.raiseExceptions = False
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.handlers = [handler]

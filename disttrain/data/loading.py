@@ -20,6 +20,10 @@ _ORDER, _BLEND, _SEQUENCE = 1, 2, 3
 _HELD_OUT_SEED = 0
 
 
+class UnknownToken(RuntimeError):
+    """A token was read that the tokenizer does not have: a shard is damaged."""
+
+
 @dataclass(frozen=True)
 class _Stream:
     """The samples of one split of all sources."""
@@ -96,11 +100,28 @@ class Data:
     def _batch(self, stream: _Stream, samples: np.ndarray) -> Batch:
         found, data = stream.sequences_of(samples), self.config.data
         if self.config.model.family == "gpt":
-            return gpt.batch([(tokens, number) for tokens, number, _ in found], data.sequence_length)
-        recipe = bert.recipe(
-            self.tokenizer, data.sequence_length, data.mlm_probability, data.short_sequence_probability
-        )
-        return bert.batch(found, recipe)
+            batch = gpt.batch([(tokens, number) for tokens, number, _ in found], data.sequence_length)
+        else:
+            recipe = bert.recipe(
+                self.tokenizer, data.sequence_length, data.mlm_probability, data.short_sequence_probability
+            )
+            batch = bert.batch(found, recipe)
+        self._require_known(batch, [tokens.index.folder for tokens, _, _ in found])
+        return batch
+
+    def _require_known(self, batch: Batch, folders: list[Path]) -> None:
+        """Raises UnknownToken where a row, of the folder given for it, has an id that the tokenizer does not have.
+
+        A model would fail with it inside its embedding, on a GPU without a word of where; parts of a vocabulary take it.
+        """
+        highest = np.maximum(batch["tokens"], batch["targets"]).max(axis=1)
+        row = int(highest.argmax())
+        if highest[row] >= self.vocab_size:
+            raise UnknownToken(
+                f"{folders[row]} holds id {highest[row]}, which is no token of the tokenizer, whose {self.vocab_size} ids "
+                "end before it: the folder is damaged. Delete it and it is prepared again, or copy it again where it is "
+                "data.path; `disttrain data prepare --verify` reads every checksum"
+            )
 
 
 def open_data(config: Config, prepared: Prepared) -> Data:

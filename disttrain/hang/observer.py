@@ -49,11 +49,12 @@ class Unanswered(RuntimeError):
         self._folder, self._world_size = folder, world_size
 
     def show(self) -> None:
-        """Wait a little for the files of the others; the first rank that is done explains them, or says where to look."""
+        """Wait a little for the files of the others; on each host the first rank that is done explains them, or says where
+        to look."""
         deadline = time.monotonic() + OTHERS_SPEAK_S
         while len(files.read(self._folder)) < self._world_size and time.monotonic() < deadline:
             time.sleep(0.1)
-        if _claim(self._folder, "ended") and not say_why(self._folder):
+        if _claim(self._folder, f"ended_{socket.gethostname()}") and not say_why(self._folder):
             again = f"`disttrain explain {self._folder}` says again why"
             print(f"disttrain: the other ranks did not answer in time; {again}", file=sys.stderr)
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.launch import RankInfo, environment_for_torch
+from disttrain.parallel import meeting
 
 LEDGER_CALLS = "2000"
 """Newest collectives that torch's flight recorder remembers, for `disttrain.hang`."""
@@ -35,16 +36,20 @@ def start(info: RankInfo, device_type: str, timeout_s: float) -> None:
         if info.world_size == 1:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  documented, but not in __all__
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        elif meeting.is_kept_by_torchrun(os.environ):
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = meeting.of_this_start(store, rank, size, timeout_s)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         else:
             dist.init_process_group(backend, init_method="env://", timeout=timeout)
     except RuntimeError as error:  # a store's time-out, an unknown host, an unknown network interface
-        meeting = (f"MASTER_ADDR={info.master_address}", f"MASTER_PORT={info.master_port}")
+        address = (f"MASTER_ADDR={info.master_address}", f"MASTER_PORT={info.master_port}")
         message = f"rank {info.rank} of {info.world_size} did not join the other ranks: {error}".splitlines()[0]
         fix = (
             "Check that MASTER_ADDR is the host of rank 0 and reachable, that no other job uses the port, that every "
             "rank was started, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the right network interface."
         )
-        raise RefusedInput([Problem(meeting, message, fix)]) from error
+        raise RefusedInput([Problem(address, message, fix)]) from error
 
 
 def timeout() -> timedelta:

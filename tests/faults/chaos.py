@@ -7,28 +7,40 @@ refuses. When time is up the run is finished, and compared with one process that
 
 import argparse
 import json
-import os
 import random
-import resource
-import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import psutil
 import torch
 import yaml
 
 from disttrain import checkpoint
-from disttrain.config.load import all_keys
-from tests import warm
+from tests.faults.job import (
+    EVERY,
+    PATIENCE_S,
+    Job,
+    WentWrong,
+    ask_to_stop,
+    delete_a_file,
+    flip_a_bit,
+    kill_a_rank,
+    kill_the_job,
+    last_step,
+    leave_half_written,
+    newest,
+    records,
+    refuse_the_disk,
+    spoiled,
+    start,
+    stop_a_rank,
+    truncate,
+    write_corpus,
+)
 
-BATCH, SEQUENCE, EVERY = 8, 32, 5
+BATCH, SEQUENCE = 8, 32
 SETTINGS = {
     "run": {"name": "hit", "device": "cpu"},
     "model": {"family": "gpt", "layers": 4, "hidden_size": 64, "heads": 4, "max_positions": SEQUENCE, "dropout": 0.1},
@@ -46,78 +58,6 @@ LAYOUTS = [
 ]  # fmt: skip
 RANKS = 4
 TOLERANCE = 1e-10
-PATIENCE_S = 120.0
-"""For a start, and for the end of a job that must end by itself."""
-TIME_OUT = "run.timeout_s"
-
-
-class WentWrong(AssertionError):
-    """The run did not survive what it must survive."""
-
-
-@dataclass
-class Job:
-    """The command, started once."""
-
-    folder: Path
-    process: BaseProcess
-    output: Path
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "runs" / "hit"
-
-    def ranks(self) -> list[int]:
-        """Process ids of its ranks."""
-        return [child.pid for child in psutil.Process(self.process.pid).children()]
-
-    def kill(self) -> None:
-        """End all that is left of it."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid or 0, signal.SIGKILL)
-        self.process.join()
-        deadline = time.monotonic() + 5
-        with suppress(ProcessLookupError):
-            while time.monotonic() < deadline:  # its lock is free when the last one is gone
-                os.killpg(self.process.pid or 0, 0)
-                time.sleep(0.01)
-
-    def ended(self, seconds: float) -> int | None:
-        """Its exit code, or None after so many seconds."""
-        self.process.join(seconds)
-        return self.process.exitcode
-
-
-def start(folder: Path, *words: str, ranks: int = RANKS) -> Job:
-    """The command, in a process group of its own."""
-    output = folder / f"output_{len(list(folder.glob('output_*.txt'))):03d}.txt"
-    several = ["--nproc", str(ranks)] if ranks > 1 else []
-    process = warm.start(
-        ["train", "hit.yaml", *words, *several],
-        folder,
-        {**os.environ, "OMP_NUM_THREADS": "1"},
-        output,
-        output,
-        apart=True,
-    )
-    return Job(folder, process, output)
-
-
-def records(run: Path, kind: str) -> list[dict]:
-    """Whole records of a run."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [
-        record for record in map(json.loads, (line for line in lines if line[-1] == "\n")) if record["kind"] == kind
-    ]
-
-
-def last_step(run: Path) -> int:
-    return max((record["step"] for record in records(run, "step")), default=0)
-
-
-def newest(run: Path) -> Path | None:
-    return checkpoint.newest_good(run / "checkpoints")[0]
 
 
 @dataclass
@@ -136,63 +76,6 @@ class Blow:
     """Recorded steps that had to be done again."""
     seconds_to_go_on: float | None = None
     """From the blow until the same command had recorded a step again."""
-
-
-def kill_a_rank(job: Job, dice: random.Random) -> None:
-    os.kill(dice.choice(job.ranks()), signal.SIGKILL)
-
-
-def kill_the_job(job: Job, dice: random.Random) -> None:
-    job.kill()
-
-
-def ask_to_stop(job: Job, dice: random.Random) -> None:
-    os.kill(job.process.pid or 0, signal.SIGTERM)
-
-
-def stop_a_rank(job: Job, dice: random.Random) -> None:
-    os.kill(dice.choice(job.ranks()), signal.SIGSTOP)
-
-
-def refuse_the_disk(job: Job, dice: random.Random) -> None:
-    """No file of one rank may become longer than a few bytes; the first rank writes the records, and is spared."""
-    rank = dice.choice(sorted(job.ranks())[1:])
-    resource.prlimit(rank, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-
-
-def spoiled(harm: Callable[[Path, random.Random], None]) -> Callable[[Job, random.Random], None]:
-    """Kill the job, then do something to the newest checkpoint."""
-
-    def strike(job: Job, dice: random.Random) -> None:
-        job.kill()
-        if (path := newest(job.run)) is not None:
-            harm(path, dice)
-
-    return strike
-
-
-def a_file(path: Path, dice: random.Random) -> Path:
-    return dice.choice(sorted(file for file in path.iterdir() if file.is_file()))
-
-
-def flip_a_bit(path: Path, dice: random.Random) -> None:
-    file = a_file(path, dice)
-    content = bytearray(file.read_bytes())
-    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
-    file.write_bytes(content)
-
-
-def truncate(path: Path, dice: random.Random) -> None:
-    file = a_file(path, dice)
-    os.truncate(file, dice.randrange(file.stat().st_size))
-
-
-def delete_a_file(path: Path, dice: random.Random) -> None:
-    a_file(path, dice).unlink()
-
-
-def leave_half_written(path: Path, dice: random.Random) -> None:
-    shutil.copytree(path, path.with_name(f"step_{checkpoint.step_of(path) + EVERY:08d}.writing"), dirs_exist_ok=True)
 
 
 FAULTS: dict[str, tuple[Callable[[Job, random.Random], None], int | None]] = {
@@ -215,15 +98,14 @@ def chaos(folder: Path, seed: int, goes_on: Callable[[int, float], bool]) -> lis
     dice, began = random.Random(seed), time.monotonic()
     blows: list[Blow] = []
     (folder / "hit.yaml").write_text(yaml.safe_dump(SETTINGS))
-    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-    (folder / "corpus.txt").write_text("\n".join(" ".join(words[i * j % 10] for j in range(1, 12)) for i in range(900)))
+    write_corpus(folder / "corpus.txt")
     waiting: list[str] = []
     struck = 0.0
     while goes_on(len(blows), time.monotonic() - began):
         waiting = waiting or dice.sample(sorted(FAULTS), len(FAULTS))
         fault, layout = waiting.pop(), dice.choice(LAYOUTS)
-        limit = [f"{TIME_OUT}=5"] if fault == "one rank stopped" and TIME_OUT in all_keys() else []
-        job = start(folder, *layout, *limit)
+        limit = ["run.timeout_s=5"] if fault == "one rank stopped" else []
+        job = start(folder, *layout, *limit, ranks=RANKS)
         try:
             _goes_on(job, blows, struck, dice)
             struck = time.monotonic()
@@ -253,7 +135,7 @@ def _goes_on(job: Job, blows: list[Blow], struck: float, dice: random.Random) ->
             time.sleep(dice.random() * 0.2)
             return
         if not job.process.is_alive() or time.monotonic() > deadline:
-            raise WentWrong(f"the run did not get from step {begins} to {begins + more}:\n{job.output.read_text()}")
+            raise WentWrong(f"the run did not get from step {begins} to {begins + more}:\n{job.said}")
         time.sleep(0.03)
 
 
@@ -261,13 +143,12 @@ def _hit(job: Job, fault: str, layout: str, dice: random.Random) -> Blow:
     strike, expected = FAULTS[fault]
     blow, began = Blow(fault, layout, last_step(job.run)), time.monotonic()
     strike(job, dice)
-    ends_itself = fault != "one rank stopped" or TIME_OUT in all_keys()
-    blow.exit_code = job.ended(PATIENCE_S if ends_itself else 2.0)
+    blow.exit_code = job.ended(PATIENCE_S)
     blow.seconds_to_end = time.monotonic() - began
     job.kill()
-    if ends_itself and blow.exit_code != expected:
-        raise WentWrong(f"{fault}: exit code {blow.exit_code}, not {expected}:\n{job.output.read_text()}")
-    said = job.output.read_text()
+    if blow.exit_code != expected:
+        raise WentWrong(f"{fault}: exit code {blow.exit_code}, not {expected}:\n{job.said}")
+    said = job.said
     if fault in ("SIGTERM", "disk full for a rank") and "Traceback" in said:
         raise WentWrong(f"{fault}: a traceback:\n{said}")
     blow.step, good = last_step(job.run), newest(job.run)
@@ -283,11 +164,11 @@ def _finish(folder: Path, blows: list[Blow], struck: float, dice: random.Random)
     good = newest(run)
     steps = (checkpoint.step_of(good) if good else 0) + 2 * EVERY + 3
     layout = dice.choice(LAYOUTS)
-    for words, ranks in (((*layout, f"train.steps={steps}"), RANKS), (("run.name=alone", f"train.steps={steps}"), 1)):
-        job = start(folder, *words, ranks=ranks)
+    for name, words, ranks in ("hit", layout, RANKS), ("alone", (), 1):
+        job = start(folder, *words, f"train.steps={steps}", ranks=ranks, name=name)
         if (code := job.ended(600)) != 0:
             job.kill()
-            raise WentWrong(f"exit code {code} of the last part:\n{job.output.read_text()}")
+            raise WentWrong(f"exit code {code} of the last part:\n{job.said}")
         if blows and blows[-1].seconds_to_go_on is None:
             blows[-1].seconds_to_go_on = time.monotonic() - struck
     ours, theirs = records(run, "step"), records(alone, "step")

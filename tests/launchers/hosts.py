@@ -29,14 +29,26 @@ class Hosts:
 
     def start(self, rank: int, command: list[str], port: int, **options: Any) -> subprocess.Popen:
         """Start a command on a host as the one rank there, as a launcher would."""
-        name = self.names[rank]
         environment = {
             **os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(self.names)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": self.addresses[0], "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
         }  # fmt: skip
-        named = ["unshare", "--uts", "sh", "-c", f"hostname {name}; exec {shlex.join(command)}"]
-        return subprocess.Popen(["ip", "netns", "exec", name, *named], env=environment, text=True, **options)
+        return subprocess.Popen(self.on(rank, shlex.join(command)), env=environment, text=True, **options)
+
+    def on(self, host: int, command: str) -> list[str]:
+        """Words that run a shell's command on a host."""
+        name = self.names[host]
+        named = ["unshare", "--uts", "sh", "-c", f"hostname {name}; exec {command}"]
+        return ["ip", "netns", "exec", name, *named]
+
+    def cut(self, host: int) -> None:
+        """Take a host's link down."""
+        run("ip", "link", "set", f"v{self.names[host]}", "down")
+
+    def join(self, host: int) -> None:
+        """Bring it up again."""
+        run("ip", "link", "set", f"v{self.names[host]}", "up")
 
     def limit(self, rate: str | None) -> None:
         """Let each host send and receive at most so much, as tc writes it ("100mbit"), or as much as it can."""

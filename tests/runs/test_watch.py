@@ -1,6 +1,7 @@
 """Runs with planted faults: NaN in one rank's gradient, an exploding loss, a slow rank; and what `watch` does about them."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +16,13 @@ from tests.parallel.test_data_parallel import make_engine
 from tests.ranks import gathered, run_ranks
 from tests.runs.conftest import Workplace
 
-FAULTY = '''
-"""A GPT that goes wrong, on one rank, with the batches that its options name."""
-
-import os
-import time
-from pathlib import Path
-
-import torch.distributed as dist
-
-from disttrain import models
-from disttrain.data import Data
-from disttrain.models.layers import LossSum
-
-reads, at = Data.micro_batches, [-1]
-
-
-def micro_batches(self, step, data_rank, data_ranks):
-    """The batches of a step, whose number is kept; the last data rank may be slow, and every rank die once."""
-    options, died = self.config.model.options, Path(f"rank_{dist.get_rank()}_died")
-    if data_rank == data_ranks - 1:
-        time.sleep(options.get("data_sleeps", 0.0))
-    if step == options.get("die_once_at", -1) and not died.exists():
-        died.touch()
-        os._exit(9)
-    at[0] = step
-    yield from reads(self, step, data_rank, data_ranks)
-
-
-Data.micro_batches = micro_batches
-
-
-class Faulty(models.GPT):
-    def loss_of(self, logits, batch, label_smoothing=0.0):
-        options, rank = self.config.options, dist.get_rank()
-        found = super().loss_of(logits, batch, label_smoothing)["lm"]
-        if not self.training:
-            return {"lm": found}
-        if rank == 1:
-            time.sleep(options.get("forward_sleeps", 0.0))
-        if rank == 1 and options.get("nan_from", 10**9) <= at[0] <= options.get("nan_to", 10**9):
-            logits.register_hook(lambda gradient: gradient * float("nan"))
-        factor = 20.0 if at[0] == options.get("explodes_at", -1) else 1.0
-        return {"lm": LossSum(found.sum * factor, found.count)}
-'''
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, SEQUENCES, LENGTH = 12, 8, 32
 
 
 @pytest.fixture
 def faulty(workplace: Workplace) -> Workplace:
-    (workplace.folder / "faulty.py").write_text(FAULTY)
+    shutil.copy(ROOT / "tests/faults/faulty.py", workplace.folder)
     return workplace
 
 
