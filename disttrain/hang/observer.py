@@ -140,7 +140,7 @@ class Observer:
     def _stack(self) -> tuple[Frame, ...]:
         frame, found = sys._current_frames().get(self._main), []
         while frame is not None and len(found) < FRAMES:
-            found.append(_frame(frame))
+            found.append(frame_of(frame))
             frame = frame.f_back
         return tuple(found)
 
@@ -200,7 +200,8 @@ def _oldest(state: RankState) -> float:
     return min((call.since for call in state.calls if not call.completed), default=time.time())
 
 
-def _frame(frame: FrameType) -> Frame:
+def frame_of(frame: FrameType) -> Frame:
+    """A frame, its file named as `disttrain.hang.stacks` wants it."""
     code = frame.f_code
     text = linecache.getline(code.co_filename, frame.f_lineno).strip()
     return Frame(_short(code.co_filename), frame.f_lineno, code.co_name, text)

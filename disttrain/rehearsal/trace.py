@@ -1,0 +1,87 @@
+"""One rank's training steps without numbers: what it would send, to whom, from which line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FakeProcessGroup
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from disttrain import engines
+from disttrain.config.checks import total_steps
+from disttrain.config.load import with_values
+from disttrain.config.schema import Config, Precision
+from disttrain.engines import Batch
+from disttrain.mesh import build_mesh
+from disttrain.parallel.collectives import Traffic
+from disttrain.parallel.groups import make_groups
+from disttrain.rehearsal.fakes import Recorder
+from disttrain.rehearsal.records import Trace
+from disttrain.verify.batches import micro_batches, random_batch
+
+
+def steps(config: Config) -> tuple[int, ...]:
+    """Numbers of the steps that are rehearsed; the last one is what every step is like. There is a first one before it where
+    DDP orders its buckets, a codec warms up, or workers meet later (all of them after the last step of the run)."""
+    coded, apart = config.compression.codec != "none", config.outer.method != "none"
+    if not coded and not apart and (config.parallel.zero or config.parallel.pipeline > 1):
+        return (1,)
+    usual = config.compression.warmup_steps + 2
+    return 1, max(usual, total_steps(config) or 0) if apart else usual
+
+
+def trace(config: Config, world_size: int, rank: int) -> Trace:
+    """Build this rank's engine, take the steps of `steps` and evaluate, as on a CPU, over random tokens, with `model.vocab_size`
+    given. Where the model is not the user's own there is no dropout.
+
+    Needs a process without a process group, and leaves none behind. Nothing is sent and no floating number computed, so
+    neither memory nor time depends on the values, and the memory not on the size of the model.
+    """
+    precision: Precision = "bf16" if config.precision == "auto" else config.precision
+    mesh = build_mesh(config.parallel, world_size)
+    data_rank = mesh.data_rank(rank)
+    config = with_values(config, {
+        "run.device": "cpu", "precision": precision, "run.compile": False,
+        "train.micro_batch_size": config.train.micro_batch_size or config.train.global_batch_size // mesh.data_ranks,
+    })  # fmt: skip
+    device = torch.device("cpu")
+    if config.model.source is None:  # no message depends on it
+        config = with_values(config, {"model.dropout": 0.0})
+    with _alone(world_size, rank, config.run.timeout_s), FakeTensorMode(allow_non_fake_inputs=True), Recorder(rank) as recorder:
+        groups = make_groups(mesh, rank, "cpu", Traffic())
+        engine = engines.build(config, groups, device, precision)
+        engine.traffic()
+        for step in (rehearsed := steps(config)):
+            recorder.phase = f"step {step}"
+            batches = _batches(config, data_rank, mesh.data_ranks, step)
+            short = step != rehearsed[-1] and mesh.pipeline == 1
+            engine.step(batches[:1] if short else batches, step, config.optim.lr)
+            recorder.trace.handed_bytes = engine.traffic().handed
+        recorder.phase = "evaluation"
+        engine.evaluate(_batches(config, data_rank, mesh.data_ranks, 0))
+        engine.close()
+    return recorder.trace
+
+
+def _batches(config: Config, data_rank: int, data_ranks: int, step: int) -> list[Batch]:
+    """This rank's micro-batches; ranks that read the same sequences get the same ones."""
+    share = config.train.global_batch_size // data_ranks
+    rows = random_batch(with_values(config, {"train.global_batch_size": share}), (config.run.seed, step, data_rank))
+    numbers = np.arange(data_rank * share, (data_rank + 1) * share, dtype=np.int64)
+    return micro_batches({**rows, "samples": numbers}, 0, 1, config.train.micro_batch_size)
+
+
+@contextmanager
+def _alone(world_size: int, rank: int, timeout_s: float) -> Iterator[None]:
+    """A process group in which the others are only imagined."""
+    options = FakeProcessGroup.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size, pg_options=options)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
