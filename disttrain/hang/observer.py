@@ -104,13 +104,11 @@ class Observer:
         of_peers = lost_a_peer(error)
         if of_peers and self._written is not None:
             return
-        last = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), limit=None)
-        frames = [Frame(_short(f.filename), f.lineno or 0, f.name, (f.line or "").strip()) for f in reversed(last)]
         calls = ledger()
         if of_peers and calls and all(call.completed for call in calls):  # torch counts one that has failed among these
             calls = (*calls[:-1], Call(**{**vars(calls[-1]), "completed": False}))
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._write(tuple(frames[:FRAMES]), calls, text, of_peers)
+        self._write(raised_at(error)[:FRAMES], calls, text, of_peers)
 
     def _look(self) -> None:
         interval = min(1.0, self._timeout_s / 16)
@@ -198,6 +196,12 @@ def ledger() -> tuple[Call, ...]:
 def _oldest(state: RankState) -> float:
     """When the oldest collective began that has not completed, seconds since 1970; now where there is none."""
     return min((call.since for call in state.calls if not call.completed), default=time.time())
+
+
+def raised_at(error: Exception) -> tuple[Frame, ...]:
+    """The stack in which an error was raised, innermost frame first."""
+    last = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), limit=None)
+    return tuple(Frame(_short(f.filename), f.lineno or 0, f.name, (f.line or "").strip()) for f in reversed(last))
 
 
 def frame_of(frame: FrameType) -> Frame:

@@ -1,7 +1,8 @@
 """Tensors without storage, and collectives that only leave a note: torch's fake tensors with two exceptions.
 
 Numbers that are not floating (tokens, masks, counts, sizes) stay real as long as they come from real ones: they take little
-memory, and what a step sends may depend on them. And a value that code reads from a fake tensor is 1.
+memory, and what a step sends may depend on them. And a value that code reads from a fake tensor, or that another rank would
+have sent, is 1; a collective gives what it would if all ranks handed in the same.
 """
 
 import sys
@@ -91,7 +92,12 @@ class Recorder(TorchDispatchMode):
                 raise
             self.trace.guessed.add(stacks.place(_stack()))
             return 1.0 if args[0].is_floating_point() else True if args[0].dtype == torch.bool else 1
-        if not tensors and isinstance(result, FakeTensor) and not result.is_floating_point() and not result.is_complex():
+        if (
+            not tensors
+            and isinstance(result, FakeTensor)
+            and not result.is_floating_point()
+            and not result.is_complex()
+        ):
             return _really(func, args, kwargs)
         return result
 
@@ -102,6 +108,9 @@ class Recorder(TorchDispatchMode):
             self._note(*OPERATIONS[name], args)
         tensors = _tensors((args, kwargs))
         if not any(isinstance(x, FakeTensor) for x in tensors):
+            if name == "recv_":
+                with _disable_current_modes():
+                    args[0][0].fill_(1)
             return _really(func, args, kwargs)
         if functional:
             return func(*args, **kwargs)
@@ -128,8 +137,11 @@ class Recorder(TorchDispatchMode):
                 self._numbers[key], operation, tuple(tuple(x.shape) for x in tensors),
                 str(tensors[0].dtype).removeprefix("torch.") if tensors else "", False, len(self.trace.recorded),
             )  # fmt: skip
+            greets = ends is not None and tensors[0].numel() == 1  # torch's stages do before their first step
             handed = 0 if operation == "receive" else sum(x.nbytes for x in tensors)
-            self.trace.recorded.append(Recorded(call, stacks.place(_stack()), self.phase, handed, ends))
+            self.trace.recorded.append(
+                Recorded(call, stacks.place(_stack()), "start" if greets else self.phase, handed, ends)
+            )
 
 
 def _is_real(tensor: Tensor) -> bool:

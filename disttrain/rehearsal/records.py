@@ -31,3 +31,7 @@ class Trace:
     """What the last step handed over, as the engine counts it."""
     guessed: set[str] = field(default_factory=set)
     """Lines that read a value which a rehearsal does not have: it went on with 1, or true."""
+    error: str | None = None
+    """What the rehearsal of this rank has failed with; then nothing is recorded."""
+    at: str = ""
+    """Line of that failure."""

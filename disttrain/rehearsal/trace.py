@@ -35,11 +35,11 @@ def steps(config: Config) -> tuple[int, ...]:
 
 
 def trace(config: Config, world_size: int, rank: int) -> Trace:
-    """Build this rank's engine, take the steps of `steps` and evaluate, as on a CPU, over random tokens, with `model.vocab_size`
-    given. Where the model is not the user's own there is no dropout.
+    """What this rank calls while its engine is built, takes the steps of `steps` and evaluates, as on a CPU.
 
-    Needs a process without a process group, and leaves none behind. Nothing is sent and no floating number computed, so
-    neither memory nor time depends on the values, and the memory not on the size of the model.
+    Needs `model.vocab_size`, and a process without a process group; leaves none behind. The tokens are random, and only
+    the user's own model has dropout. Nothing is sent and no floating number computed, so that the time does not depend on
+    the width of the model, nor the memory on its size.
     """
     precision: Precision = "bf16" if config.precision == "auto" else config.precision
     mesh = build_mesh(config.parallel, world_size)
@@ -51,7 +51,11 @@ def trace(config: Config, world_size: int, rank: int) -> Trace:
     device = torch.device("cpu")
     if config.model.source is None:  # no message depends on it
         config = with_values(config, {"model.dropout": 0.0})
-    with _alone(world_size, rank, config.run.timeout_s), FakeTensorMode(allow_non_fake_inputs=True), Recorder(rank) as recorder:
+    with (
+        _alone(world_size, rank, config.run.timeout_s),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Recorder(rank) as recorder,
+    ):
         groups = make_groups(mesh, rank, "cpu", Traffic())
         engine = engines.build(config, groups, device, precision)
         engine.traffic()
