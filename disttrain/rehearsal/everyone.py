@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from disttrain.config.schema import Config
 from disttrain.hang import stacks
@@ -38,5 +39,7 @@ def _rehearse(config: Config, world_size: int, rank: int) -> Trace:
     try:
         return trace(config, world_size, rank)
     except Exception as error:
-        frames = raised_at(error)
-        return Trace(rank, error=f"{type(error).__name__}: {error}".splitlines()[0], at=stacks.place(frames))
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, DynamicOutputShapeException | DataDependentOutputException):
+            text = f"what {error.func} gives depends on values, which a rehearsal does not have"
+        return Trace(rank, error=text, at=stacks.place(raised_at(error)))

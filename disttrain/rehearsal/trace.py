@@ -16,7 +16,7 @@ from disttrain.config.checks import total_steps
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, Precision
 from disttrain.engines import Batch
-from disttrain.mesh import build_mesh
+from disttrain.mesh import Mesh, build_mesh
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import make_groups
 from disttrain.rehearsal.fakes import Recorder
@@ -42,13 +42,11 @@ def trace(config: Config, world_size: int, rank: int) -> Trace:
     the width of the model, nor the memory on its size.
     """
     precision: Precision = "bf16" if config.precision == "auto" else config.precision
-    mesh = build_mesh(config.parallel, world_size)
-    data_rank = mesh.data_rank(rank)
+    mesh, device = build_mesh(config.parallel, world_size), torch.device("cpu")
     config = with_values(config, {
         "run.device": "cpu", "precision": precision, "run.compile": False,
         "train.micro_batch_size": config.train.micro_batch_size or config.train.global_batch_size // mesh.data_ranks,
     })  # fmt: skip
-    device = torch.device("cpu")
     if config.model.source is None:  # no message depends on it
         config = with_values(config, {"model.dropout": 0.0})
     with (
@@ -56,27 +54,26 @@ def trace(config: Config, world_size: int, rank: int) -> Trace:
         FakeTensorMode(allow_non_fake_inputs=True),
         Recorder(rank) as recorder,
     ):
-        groups = make_groups(mesh, rank, "cpu", Traffic())
-        engine = engines.build(config, groups, device, precision)
-        engine.traffic()
-        for step in (rehearsed := steps(config)):
+        engine = engines.build(config, make_groups(mesh, rank, "cpu", Traffic()), device, precision)
+        for step in steps(config):
             recorder.phase = f"step {step}"
-            batches = _batches(config, data_rank, mesh.data_ranks, step)
-            short = step != rehearsed[-1] and mesh.pipeline == 1
-            engine.step(batches[:1] if short else batches, step, config.optim.lr)
+            engine.traffic()
+            engine.step(batches_of(config, mesh, rank, step), step, config.optim.lr)
             recorder.trace.handed_bytes = engine.traffic().handed
         recorder.phase = "evaluation"
-        engine.evaluate(_batches(config, data_rank, mesh.data_ranks, 0))
+        engine.evaluate(batches_of(config, mesh, rank, 0))
         engine.close()
     return recorder.trace
 
 
-def _batches(config: Config, data_rank: int, data_ranks: int, step: int) -> list[Batch]:
-    """This rank's micro-batches; ranks that read the same sequences get the same ones."""
-    share = config.train.global_batch_size // data_ranks
-    rows = random_batch(with_values(config, {"train.global_batch_size": share}), (config.run.seed, step, data_rank))
-    numbers = np.arange(data_rank * share, (data_rank + 1) * share, dtype=np.int64)
-    return micro_batches({**rows, "samples": numbers}, 0, 1, config.train.micro_batch_size)
+def batches_of(config: Config, mesh: Mesh, rank: int, step: int) -> list[Batch]:
+    """A rank's micro-batches of a step, 0 for the evaluation; only one of a first step, where there are no stages."""
+    at, rehearsed = mesh.data_rank(rank), steps(config)
+    share = config.train.global_batch_size // mesh.data_ranks
+    rows = random_batch(with_values(config, {"train.global_batch_size": share}), (config.run.seed, step, at))
+    numbers = np.arange(at * share, (at + 1) * share, dtype=np.int64)
+    batches = micro_batches({**rows, "samples": numbers}, 0, 1, config.train.micro_batch_size)
+    return batches[:1] if step in rehearsed[:-1] and mesh.pipeline == 1 else batches
 
 
 @contextmanager
