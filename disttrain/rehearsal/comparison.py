@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from math import inf
 
 from disttrain.hang import ledgers
 from disttrain.rehearsal.records import Recorded, Trace
@@ -44,6 +45,11 @@ def _of_collectives(traces: Sequence[Trace]) -> Iterator[Mismatch]:
         present = {rank for rank, _ in calls}
         absent = tuple(rank for rank in calls[0][1].ranks if rank in recorded and rank not in present)
         kinds = ledgers.kinds(calls)
+        if len(kinds) == 1:  # but one rank's last of a step may be the others' first of the next
+            phases = {rank: _order(by_call[rank, group, sequence].phase) for rank in present}
+            early = [call for call in calls if phases[call[0]] == min(phases.values())]
+            absent += tuple(rank for rank in phases if phases[rank] > min(phases.values()))
+            kinds = ledgers.kinds(early)
         if absent or len(kinds) > 1:
             seen.add(group)
             told = tuple((tuple(ranks), by_call[ranks[0], group, sequence]) for ranks, _ in kinds)
@@ -66,10 +72,18 @@ def _of_messages(traces: Sequence[Trace]) -> Iterator[Mismatch]:
     for sent, received in channels.values():
         sender, receiver = (sent or received)[0].ends or (0, 0)
         for one, other in zip_longest(sent, received):
+            if one and other and one.phase != other.phase:
+                one, other = (one, None) if _order(one.phase) < _order(other.phase) else (None, other)
             if one is None or other is None:
                 alone, rank, absent = (one, sender, receiver) if one else (other, receiver, sender)
+                assert alone is not None
                 yield Mismatch((((rank,), alone),), (absent,))
                 break
             if (one.call.shapes, one.call.dtype) != (other.call.shapes, other.call.dtype):
                 yield Mismatch((((sender,), one), ((receiver,), other)))
                 break
+
+
+def _order(phase: str) -> float:
+    """Phases in the order in which ranks go through them."""
+    return {"start": -inf, "evaluation": inf}.get(phase) or float(phase.removeprefix("step "))

@@ -5,7 +5,6 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
-import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from disttrain.config.schema import Config
@@ -14,6 +13,9 @@ from disttrain.hang.observer import raised_at
 from disttrain.mesh import Mesh, build_mesh
 from disttrain.rehearsal.records import Trace
 from disttrain.rehearsal.trace import trace
+
+FEW = 8
+"""Ranks that are not worth a process: the first one in it takes several times as long as the next."""
 
 
 def ranks_that_differ(mesh: Mesh) -> list[int]:
@@ -29,13 +31,14 @@ def ranks_that_differ(mesh: Mesh) -> list[int]:
 def rehearse(config: Config, world_size: int) -> list[Trace]:
     """The traces of all ranks that differ, by rank."""
     ranks = ranks_that_differ(build_mesh(config.parallel, world_size))
-    processes = min(len(ranks), len(os.sched_getaffinity(0)))
+    processes = min(len(ranks) // FEW, len(os.sched_getaffinity(0)))
+    if processes < 2:
+        return [_rehearse(config, world_size, rank) for rank in ranks]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
         return list(pool.map(partial(_rehearse, config, world_size), ranks))
 
 
 def _rehearse(config: Config, world_size: int, rank: int) -> Trace:
-    torch.set_num_threads(1)
     try:
         return trace(config, world_size, rank)
     except Exception as error:

@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from disttrain.hang import stacks
 from disttrain.hang.files import Call, Frame
@@ -65,11 +64,12 @@ class Done(dist.Work):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down what goes to other ranks, and keeps real what is not floating; to be entered after a FakeTensorMode."""
+    """Writes down what goes to other ranks, and keeps real what is not floating; drives a FakeTensorMode."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.trace, self.phase = Trace(rank), "start"
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._numbers: Counter[tuple] = Counter()
         self._works: list[Done] = []
         """torch holds only their C++ half."""
@@ -81,12 +81,12 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # half of all calls
         if func.namespace in ("c10d", "_c10d_functional"):
-            return self._communicate(func, args, kwargs)
-        tensors = _tensors((args, kwargs))
-        if tensors and all(_is_real(x) for x in tensors) or torch.device(kwargs.get("device") or "cpu").type == "meta":
-            return _really(func, args, kwargs)
+            return self._communicate(func, types, args, kwargs)
+        tensors = _tensors(args, kwargs)
+        if tensors and all(_is_real(x) for x in tensors) or str(kwargs.get("device")) == "meta":
+            return func(*args, **kwargs)
         try:
-            result = func(*args, **kwargs)
+            result = self._fake.dispatch(func, types, args, kwargs)
         except DataDependentOutputException:
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
@@ -98,22 +98,20 @@ class Recorder(TorchDispatchMode):
             and not result.is_floating_point()
             and not result.is_complex()
         ):
-            return _really(func, args, kwargs)
+            return func(*args, **kwargs)
         return result
 
-    def _communicate(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def _communicate(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
         """Note an operator of torch's communication; real tensors are those of this rank afterwards, as from its peers."""
         name, functional = func._schema.name.split("::")[1], func.namespace == "_c10d_functional"
         if name in OPERATIONS:
             self._note(*OPERATIONS[name], args)
-        tensors = _tensors((args, kwargs))
-        if not any(isinstance(x, FakeTensor) for x in tensors):
+        if not any(isinstance(x, FakeTensor) for x in _tensors(args, kwargs)):
             if name == "recv_":
-                with _disable_current_modes():
-                    args[0][0].fill_(1)
-            return _really(func, args, kwargs)
-        if functional:
+                args[0][0].fill_(1)
             return func(*args, **kwargs)
+        if functional:
+            return self._fake.dispatch(func, types, args, kwargs)
         work = Done(_tensors(args[0]))
         self._works.append(work)
         given = [work.boxed() if "Work" in str(r.type) else args[0] for r in func._schema.returns]
@@ -149,13 +147,17 @@ def _is_real(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and (tensor.is_meta or not tensor.is_floating_point())
 
 
-def _really(func: Any, args: tuple, kwargs: dict) -> Any:
-    with _disable_current_modes():
-        return func(*args, **kwargs)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor)]
+def _tensors(*trees: Any) -> list[Tensor]:
+    """All tensors in lists and dictionaries of arguments."""
+    found: list[Tensor] = []
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            found.append(tree)
+        elif isinstance(tree, list | tuple):
+            found += _tensors(*tree)
+        elif isinstance(tree, dict):
+            found += _tensors(*tree.values())
+    return found
 
 
 def _group(args: tuple) -> ProcessGroup:

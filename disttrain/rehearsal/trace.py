@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeProcessGroup
-from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from disttrain import engines
@@ -49,11 +48,7 @@ def trace(config: Config, world_size: int, rank: int) -> Trace:
     })  # fmt: skip
     if config.model.source is None:  # no message depends on it
         config = with_values(config, {"model.dropout": 0.0})
-    with (
-        _alone(world_size, rank, config.run.timeout_s),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        Recorder(rank) as recorder,
-    ):
+    with _alone(world_size, rank, config.run.timeout_s), Recorder(rank) as recorder:
         engine = engines.build(config, make_groups(mesh, rank, "cpu", Traffic()), device, precision)
         for step in steps(config):
             recorder.phase = f"step {step}"

@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from disttrain import checking
+from disttrain.config.load import with_values
 from disttrain.config.problems import RefusedInput
 from disttrain.config.schema import Config
 from disttrain.engines import objective
@@ -28,12 +29,13 @@ from tests.parallel.test_data_parallel import make_engine
 from tests.ranks import run_ranks
 from tests.verify.small import config_for
 
+AS_GLOO = {"all_gather_into_tensor": "all_gather", "reduce_scatter": "all_reduce"}
 SMALL = {"model.layers": 2, "train.global_batch_size": 4, "train.steps": 3}
 
 
 def laid_out(name: str, family: str = "gpt", **values: object) -> tuple[Config, int]:
     layout = parse(name)
-    return layout.applied(config_for(family, **{**SMALL, **values})), layout.world
+    return layout.applied(with_values(config_for(family), {**SMALL, **values})), layout.world
 
 
 def trained(rank: int, config: Config, world: int) -> tuple[int, list[tuple]]:
@@ -58,7 +60,7 @@ def test_a_rehearsal_records_what_a_run_calls(name: str) -> None:
     assert rehearsed.handed_bytes == handed
     assert sum(r.handed_bytes for r in rehearsed.recorded if r.phase == last) == handed
     mine = [
-        (r.call.group, r.call.sequence, r.call.operation.split("_into")[0].split(" from")[0], r.call.shapes)
+        (r.call.group, r.call.sequence, AS_GLOO.get(r.call.operation, r.call.operation.split(" from")[0]), r.call.shapes)
         for r in rehearsed.recorded if r.ends is None
     ]  # fmt: skip
     newest = {(group, sequence) for group, sequence, *_ in called}  # a ledger is not endless
@@ -66,8 +68,8 @@ def test_a_rehearsal_records_what_a_run_calls(name: str) -> None:
 
 
 def test_legal_layouts_match() -> None:
-    config = config_for(**{**SMALL, "model.layers": 4})
-    chosen = sample([layout for layout in full_matrix(config) if layout.world > 1], 9, seed=1)
+    config = with_values(config_for(), {**SMALL, "model.layers": 4})
+    chosen = sample([layout for layout in full_matrix(config, max_world=4) if layout.world > 1], 6, seed=1)
     for layout in chosen:
         traces = rehearse(layout.applied(config), layout.world)
         assert [t.error for t in traces if t.error] == []
@@ -88,7 +90,7 @@ def test_codecs_workers_and_bert_match(name: str, family: str, values: dict) -> 
     traces = rehearse(*laid_out(name, family, **values))
     assert [t.error for t in traces if t.error] == []
     assert first_mismatch(traces) is None
-    assert sum(r.handed_bytes for r in traces[0].recorded if r.phase.startswith("step")) > traces[0].handed_bytes > 0
+    assert sum(r.handed_bytes for r in traces[0].recorded if r.phase.startswith("step")) >= traces[0].handed_bytes > 0
 
 
 def left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +106,7 @@ def other_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 sends its norm as a vector."""
 
     def reduce_over(group: Group, tensor: Tensor) -> Tensor:
-        return collectives.reduce_over(group, tensor.view(1) if dist.get_rank() == 1 else tensor)
+        return collectives.reduce_over(group, tensor.view(1) if dist.get_rank() == 1 else tensor).view(())
 
     monkeypatch.setattr(gradients, "reduce_over", reduce_over)
 
@@ -123,12 +125,12 @@ def sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     ("plant", "name", "told"),
     [
         (left_out, "dp2.zero1 on 2",
-         ["in step 1", "rank 0 calls all_reduce number 1 of group data (ranks 0, 1), int64 [2], at disttrain/engines/obj",
+         [f"rank 0 calls all_reduce number 1 of group data (ranks 0, 1), int64 [2], at {__file__}:",
           "rank 1 calls all_gather_into_tensor number 1 of group data"]),
-        (other_shape, "dp2.zero1 on 2", ["float64 [], at disttrain/parallel/gradients.py", "float64 [1], at disttrain/"]),
+        (other_shape, "dp2.zero1 on 2",
+         [f"rank 0 calls all_reduce number 10 of group data (ranks 0, 1), float64 [], at {__file__}", "float64 [1], at"]),
         (sent_twice, "pp2-1f1b.mb2 on 2",
-         ["rank 0 calls send number 3 to rank 1 in group pipeline, float64 [2, 16, 16], at disttrain/parallel/pipeline.py",
-          "rank 1 does not"]),
+         [" to rank 1 in group pipeline, float64 [2, 16, 16], at disttrain/", "rank 1 does not"]),
     ],
 )  # fmt: skip
 def test_planted_faults_are_named(
@@ -140,7 +142,7 @@ def test_planted_faults_are_named(
     mismatch = first_mismatch(traces)
     assert mismatch is not None
     text = disagreement(mismatch, traces, config, world)
-    assert [words for words in told if words not in text] == [], text
+    assert [words for words in ["in step 1", *told] if words not in text] == [], text
 
 
 OWN = """
@@ -159,7 +161,8 @@ class Own(GPT):
 def own(folder: Path, line: str, rank: int = 2) -> tuple[Path, list[str]]:
     (folder / "own.py").write_text(OWN.format(line=line, rank=rank))
     path = folder / "own.yaml"
-    config = config_for(**SMALL, **{"run.dir": str(folder / "runs")}).model_dump(mode="json", exclude_defaults=True)
+    values = {**SMALL, "run.dir": str(folder / "runs"), "model.vocab_size": 261, "train.global_batch_size": 8}
+    config = with_values(config_for(), values).model_dump(mode="json", exclude_defaults=True)
     path.write_text(yaml.safe_dump(config))
     return path, [f"model.source={folder / 'own.py'}:Own", "parallel.tensor=2"]
 
@@ -175,7 +178,7 @@ def test_a_users_model_that_calls_on_one_rank_only(tmp_path: Path, capsys: pytes
 
 
 def test_a_rank_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path, words = own(tmp_path, "y[y > 0]")
+    path, words = own(tmp_path, "y[y > 0]", rank=1)
     with pytest.raises(typer.Exit) as ended:
         checking.check(path, words, 2, trace=True)
     assert ended.value.exit_code == 1
@@ -187,8 +190,7 @@ def test_the_table_of_a_layout_that_matches(tmp_path: Path, capsys: pytest.Captu
     checking.check(path, words, 16, trace=True)
     text = capsys.readouterr().out
     assert "rehearsed 6 of 16 ranks" in text and "match" in text
-    (row,) = (line for line in text.splitlines() if line.startswith("tensor  "))
-    assert "all_reduce" in row
+    assert "18 all_reduce, 1 all_gather_into_tensor" in text
 
 
 def test_what_cannot_be_rehearsed_is_refused(tmp_path: Path) -> None:
