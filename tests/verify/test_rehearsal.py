@@ -68,7 +68,7 @@ def test_a_rehearsal_records_what_a_run_calls(name: str) -> None:
 
 
 def test_legal_layouts_match() -> None:
-    config = with_values(config_for(), {**SMALL, "model.layers": 4})
+    config = with_values(config_for(), SMALL)
     chosen = sample([layout for layout in full_matrix(config, max_world=4) if layout.world > 1], 6, seed=1)
     for layout in chosen:
         traces = rehearse(layout.applied(config), layout.world)
@@ -83,7 +83,7 @@ def test_legal_layouts_match() -> None:
         ("dp2.zero2 on 2", "gpt", {"compression.codec": "powersgd", "precision": "fp16"}),
         ("dp2 on 2", "gpt", {"compression.codec": "int4"}),
         ("dp2 on 2", "gpt", {"outer.method": "nesterov", "outer.every": 2, "outer.overlap": True}),
-        ("tp2.cp2-ulysses.dp2.zero1 on 8", "bert", {}),
+        ("tp2.cp2-ulysses.zero1 on 4", "bert", {}),
     ],
 )
 def test_codecs_workers_and_bert_match(name: str, family: str, values: dict) -> None:
@@ -158,10 +158,16 @@ class Own(GPT):
 """
 
 
-def own(folder: Path, line: str, rank: int = 2) -> tuple[Path, list[str]]:
+def own(folder: Path, line: str, rank: int = 1) -> tuple[Path, list[str]]:
     (folder / "own.py").write_text(OWN.format(line=line, rank=rank))
     path = folder / "own.yaml"
-    values = {**SMALL, "run.dir": str(folder / "runs"), "model.vocab_size": 261, "train.global_batch_size": 8}
+    values = {
+        **SMALL,
+        "run.dir": str(folder / "runs"),
+        "model.vocab_size": 261,
+        "model.dropout": 0.0,
+        "train.global_batch_size": 8,
+    }
     config = with_values(config_for(), values).model_dump(mode="json", exclude_defaults=True)
     path.write_text(yaml.safe_dump(config))
     return path, [f"model.source={folder / 'own.py'}:Own", "parallel.tensor=2"]
@@ -170,15 +176,15 @@ def own(folder: Path, line: str, rank: int = 2) -> tuple[Path, list[str]]:
 def test_a_users_model_that_calls_on_one_rank_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path, words = own(tmp_path, "dist.broadcast(y.detach().sum(), 0)")
     with pytest.raises(typer.Exit) as ended:
-        checking.check(path, words, 4, trace=True)
+        checking.check(path, words, 2, trace=True)
     assert ended.value.exit_code == 1
     text = " ".join(capsys.readouterr().out.split())
-    assert "rank 2 calls broadcast from rank 0 number 1 of group world (ranks 0 to 3), float64 []" in text
-    assert f"{tmp_path / 'own.py'}:9" in text.replace(" ", "").replace("at/", "/") or "own.py:9" in text
+    assert "calls broadcast from rank 0 number" in text
+    assert "of group tensor (ranks 0, 1), float64 []" in text and "own.py:9" in text.replace(" ", "")
 
 
 def test_a_rank_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path, words = own(tmp_path, "y[y > 0]", rank=1)
+    path, words = own(tmp_path, "y[y > 0]")
     with pytest.raises(typer.Exit) as ended:
         checking.check(path, words, 2, trace=True)
     assert ended.value.exit_code == 1
@@ -187,10 +193,10 @@ def test_a_rank_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_table_of_a_layout_that_matches(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path, words = own(tmp_path, "pass")
-    checking.check(path, words, 16, trace=True)
+    checking.check(path, words, 8, trace=True)
     text = capsys.readouterr().out
-    assert "rehearsed 6 of 16 ranks" in text and "match" in text
-    assert "18 all_reduce, 1 all_gather_into_tensor" in text
+    assert "rehearsed 6 of 8 ranks" in text and "match" in text
+    assert "10 all_reduce, 1 all_gather_into_tensor" in text
 
 
 def test_what_cannot_be_rehearsed_is_refused(tmp_path: Path) -> None:
