@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from disttrain import checkpoint_commands
+from disttrain import checking, checkpoint_commands
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
 
@@ -43,6 +43,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 app.command("export")(checkpoint_commands.export)
 app.command("import")(checkpoint_commands.import_model)
+app.command("check")(checking.check)
 app.command("explain")(reading.show)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[
@@ -61,23 +62,6 @@ def train(
     """Train a model. Inside torchrun, deepspeed, horovodrun, mpirun or srun it joins that launcher's world."""
     words = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
     raise typer.Exit(_train(config, words, nproc))
-
-
-@app.command()
-def check(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks the run would have.")] = 1,
-) -> None:
-    """List every problem of a config at once, or show its mesh, batch arithmetic and predicted memory."""
-    from disttrain import preflight
-    from disttrain.config.problems import RefusedInput
-    from disttrain.overview import overview
-
-    settings = _load(config, overrides)
-    if problems := preflight.problems(settings, world_size):
-        raise RefusedInput(problems)
-    _console().print(overview(settings, world_size))
 
 
 class Matrix(StrEnum):

@@ -18,11 +18,15 @@ LIKELY_VOCABULARY = {"bytes": 261, "gpt2": 50257, "bert": 30522}
 """Rows of the embedding before the tokenizer was trained or read; trained ones have data.tokenizer_vocab_size."""
 
 
+def likely_vocabulary(config: Config) -> int:
+    """Rows of the embedding, as far as they are known before the tokenizer is there."""
+    data = config.data
+    return config.model.vocab_size or LIKELY_VOCABULARY.get(data.tokenizer, data.tokenizer_vocab_size)
+
+
 def overview(config: Config, world_size: int) -> Group:
     """The tables of a config without problems, for this many ranks."""
-    data = config.data
-    rows = config.model.vocab_size or LIKELY_VOCABULARY.get(data.tokenizer, data.tokenizer_vocab_size)
-    config = with_values(config, {"model.vocab_size": rows})
+    config = with_values(config, {"model.vocab_size": likely_vocabulary(config)})
     path, damaged = preflight.resume_from(config)
     start = f"resumes from {path}" if path else "starts a new run"
     notes = [Text(f"checkpoint not used: {line}") for line in damaged]

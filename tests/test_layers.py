@@ -24,7 +24,8 @@ LAYERS: list[set[str]] = [
     {"trainer"},
     {"tasks", "run", "slurm_script"},
     {"verify"},
-    {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands"},
+    {"rehearsal"},
+    {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands", "checking"},
     {"cli", "__main__"},
 ]
 """Module names from the bottom; a module may import what is lower, or its own package."""

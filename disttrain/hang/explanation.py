@@ -29,12 +29,8 @@ class Evidence:
         return tuple(rank for rank in range(world_size) if rank not in self.states)
 
     def call(self, call: Call) -> str:
-        """A collective for a person: operation, number, group and shape."""
-        shapes = ", ".join(str(list(shape)) for shape in call.shapes[:3])
-        more = f" and {len(call.shapes) - 3} more" if len(call.shapes) > 3 else ""
-        what = f", {call.dtype.lower()} {shapes}{more}" if shapes else ""
-        axis = self.everyone if call.axis == "default_pg" else call.axis
-        return f"{call.operation} number {call.sequence} of group {axis} ({names(call.ranks)}){what}"
+        """A collective for a person."""
+        return described(call, self.everyone)
 
     def named(self, rank: int) -> str:
         """A rank with its host and process, as far as known."""
@@ -65,6 +61,20 @@ def is_blocked(state: RankState, waits: Sequence[Wait]) -> bool:
     mine = next((wait for wait in waits if wait.rank == state.rank), None)
     asynchronous = mine is not None and (mine.call.group.startswith("nccl") or stacks.computes_backward(state.stack))
     return state.of_peers or stacks.waits(state.stack) or asynchronous
+
+
+def described(call: Call, everyone: str) -> str:
+    """A collective for a person: operation, number, group and shape. `everyone` is the name of the group of all ranks."""
+    axis = everyone if call.axis == "default_pg" else call.axis
+    what = handed(call)
+    return f"{call.operation} number {call.sequence} of group {axis} ({names(call.ranks)})" + (what and f", {what}")
+
+
+def handed(call: Call) -> str:
+    """Type and shapes of what is handed in; nothing of a barrier."""
+    shapes = ", ".join(str(list(shape)) for shape in call.shapes[:3])
+    more = f" and {len(call.shapes) - 3} more" if len(call.shapes) > 3 else ""
+    return f"{call.dtype.lower()} {shapes}{more}" if shapes else ""
 
 
 def names(ranks: Sequence[int]) -> str:

@@ -1,11 +1,11 @@
 """Compares what the ranks have called: who has not arrived in a collective, and who called another one. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from disttrain.hang.files import Call, RankState
 
-ALIKE = ("all_reduce", "allreduce", "broadcast", "reduce_scatter")
+ALIKE = ("all_reduce", "allreduce", "broadcast", "reduce_scatter", "all_gather_into_tensor")
 """Collectives to which every rank of a group hands the same shape."""
 BESIDE = ("checkpoint", "beside the step")
 """Ends of the names of groups over which a thread beside the step talks."""
@@ -59,25 +59,32 @@ def first_difference(states: Mapping[int, RankState]) -> list[tuple[list[int], C
 
     Of several numbers the one that was started first. Where all have completed nothing is wrong.
     """
-    same: dict[tuple[str, int], list[tuple[int, Call]]] = {}
-    for rank, state in sorted(states.items()):
-        for call in state.calls:
-            same.setdefault((call.group, call.sequence), []).append((rank, call))
+    same = numbered({rank: state.calls for rank, state in states.items()})
     unfinished = [calls for calls in same.values() if not all(call.completed for _, call in calls)]
-    found = [kinds for calls in unfinished if len(kinds := _kinds(calls)) > 1]
-    first = min(found, key=lambda kinds: min(call.since for _, call in kinds), default=[])
+    found = [parted for calls in unfinished if len(parted := kinds(calls)) > 1]
+    first = min(found, key=lambda parted: min(call.since for _, call in parted), default=[])
     return sorted(first, key=lambda kind: -len(kind[0]))
 
 
-def _kinds(calls: list[tuple[int, Call]]) -> list[tuple[list[int], Call]]:
-    kinds: list[tuple[list[int], Call]] = []
+def numbered(calls: Mapping[int, Iterable[Call]]) -> dict[tuple[str, int], list[tuple[int, Call]]]:
+    """The calls of all ranks, by group and number in it; each with its rank, in order of these."""
+    same: dict[tuple[str, int], list[tuple[int, Call]]] = {}
+    for rank, called in sorted(calls.items()):
+        for call in called:
+            same.setdefault((call.group, call.sequence), []).append((rank, call))
+    return same
+
+
+def kinds(calls: list[tuple[int, Call]]) -> list[tuple[list[int], Call]]:
+    """Calls that should be the same one, as ranks and what they called: one kind where they agree."""
+    found: list[tuple[list[int], Call]] = []
     for rank, call in calls:
-        ranks = next((ranks for ranks, known in kinds if not _differ(known, call)), None)
+        ranks = next((ranks for ranks, known in found if not _differ(known, call)), None)
         if ranks is None:
-            kinds.append(([rank], call))
+            found.append(([rank], call))
         else:
             ranks.append(rank)
-    return kinds
+    return found
 
 
 def _differ(one: Call, other: Call) -> bool:

@@ -105,13 +105,11 @@ class Observer:
         of_peers = lost_a_peer(error)
         if of_peers and self._written is not None:
             return
-        last = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), limit=None)
-        frames = [Frame(_short(f.filename), f.lineno or 0, f.name, (f.line or "").strip()) for f in reversed(last)]
         calls = ledger()
         if of_peers and calls and all(call.completed for call in calls):  # torch counts one that has failed among these
             calls = (*calls[:-1], Call(**{**vars(calls[-1]), "completed": False}))
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._write(tuple(frames[:FRAMES]), calls, text, of_peers)
+        self._write(raised_at(error)[:FRAMES], calls, text, of_peers)
 
     def _look(self) -> None:
         interval = min(1.0, self._timeout_s / 16)
@@ -141,7 +139,7 @@ class Observer:
     def _stack(self) -> tuple[Frame, ...]:
         frame, found = sys._current_frames().get(self._main), []
         while frame is not None and len(found) < FRAMES:
-            found.append(_frame(frame))
+            found.append(frame_of(frame))
             frame = frame.f_back
         return tuple(found)
 
@@ -201,7 +199,14 @@ def _oldest(state: RankState) -> float:
     return min((call.since for call in state.calls if not call.completed), default=time.time())
 
 
-def _frame(frame: FrameType) -> Frame:
+def raised_at(error: Exception) -> tuple[Frame, ...]:
+    """The stack in which an error was raised, innermost frame first."""
+    last = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), limit=None)
+    return tuple(Frame(_short(f.filename), f.lineno or 0, f.name, (f.line or "").strip()) for f in reversed(last))
+
+
+def frame_of(frame: FrameType) -> Frame:
+    """A frame, its file named as `disttrain.hang.stacks` wants it."""
     code = frame.f_code
     text = linecache.getline(code.co_filename, frame.f_lineno).strip()
     return Frame(_short(code.co_filename), frame.f_lineno, code.co_name, text)

@@ -4,13 +4,16 @@ import fcntl
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.hang import files, ledgers, stacks
 from disttrain.hang.explanation import Evidence, explain, is_blocked
+
+if TYPE_CHECKING:
+    from disttrain.config.schema import ParallelConfig
 
 ANSWER_S = 4.0
 """How long the ranks of a run that goes on have to say where they are; they look once a second."""
@@ -55,17 +58,23 @@ def _ask(folder: Path) -> None:
 
 
 def _everyone(folder: Path, world_size: int) -> str:
-    """Name of the group of all ranks: that of the only axis they differ on, where it is only one."""
+    """Name of the group of all ranks of a run."""
     import yaml
 
     from disttrain.config.schema import ParallelConfig
-    from disttrain.mesh import AXES, build_mesh
 
     try:
         parallel = ParallelConfig(**yaml.safe_load((folder / "config.yaml").read_text())["parallel"])
-        mesh = build_mesh(parallel, world_size)
+        return everyone(parallel, world_size)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return "world"
+
+
+def everyone(parallel: "ParallelConfig", world_size: int) -> str:
+    """Name of the group of all ranks: that of the only axis they differ on, where it is only one."""
+    from disttrain.mesh import AXES, build_mesh
+
+    mesh = build_mesh(parallel, world_size)
     axes = [axis for axis, size in zip(AXES, mesh.sizes, strict=True) if size > 1]
     return {"replicate": "data", "shard": "data"}.get(axes[0], axes[0]) if len(axes) == 1 else "world"
 

@@ -4,7 +4,6 @@ Every reduction is a SUM: losses are divided by the count of the whole step befo
 """
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from disttrain.parallel.collectives import (
     reduce_scattered,
 )
 from disttrain.parallel.groups import Group, Groups
+from disttrain.parallel.thread import one_thread
 from disttrain.precision import COMPUTE_DTYPE
 
 
@@ -78,7 +78,7 @@ class CodedBuckets:
 
     def __init__(self, compressor: Compressor, names: Mapping[Tensor, str]):
         self._compressor, self._names = compressor, names
-        self._thread = ThreadPoolExecutor(1, "gradients")
+        self._thread = one_thread("gradients")
 
     def sum_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """The hook."""

@@ -1,7 +1,7 @@
 """Local steps: workers update weights of their own and meet now and then (local SGD, DiLoCo, Adasum; decision 0008)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from disttrain.parallel.collectives import GroupLink, reduce_over
 from disttrain.parallel.gradients import sum_over
 from disttrain.parallel.groups import Group, Groups
 from disttrain.parallel.sharding import LocalParameter, as_whole, local
+from disttrain.parallel.thread import one_thread
 
 State = dict[str, Tensor]
 Saved = Mapping[str, Sequence[int]]
@@ -55,7 +56,7 @@ class OuterSteps:
         self.momentum = {name: torch.zeros_like(weight) for name, weight in self.weight.items() if nesterov}
         """Of the outer optimizer."""
         self._fragments = fragments(parameters, config)
-        self._thread = ThreadPoolExecutor(1, "outer") if config.overlap else None
+        self._thread = one_thread("outer") if config.overlap else None
 
     @torch.no_grad()
     def after(self, step: int, last: bool) -> None:

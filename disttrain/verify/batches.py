@@ -49,7 +49,7 @@ def from_data(config: Config, data: Data, steps: int) -> Batches:
 
 def synthetic(config: Config, steps: int) -> Batches:
     """Random tokens, for a model without data. Raises ValueError when the vocabulary is still open."""
-    made = [_random(config, (config.run.seed, step)) for step in range(steps + 1)]
+    made = [random_batch(config, (config.run.seed, step)) for step in range(steps + 1)]
     train = tuple(_prepared(batch, step, config.run.seed) for step, batch in enumerate(made[:steps]))
     return Batches(train, _numbered(made[steps], 0), "random tokens")
 
@@ -83,7 +83,8 @@ def _numbered(batch: Batch, first: int) -> Batch:
     return {**batch, "samples": np.arange(first, first + len(batch["tokens"]), dtype=np.int64)}
 
 
-def _random(config: Config, seed: Sequence[int]) -> Batch:
+def random_batch(config: Config, seed: Sequence[int]) -> Batch:
+    """A global batch of random tokens. Raises ValueError when the vocabulary is still open."""
     if config.model.vocab_size is None:
         raise ValueError("model.vocab_size is not resolved yet")
     rng = np.random.default_rng(seed)

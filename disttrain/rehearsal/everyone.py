@@ -1,0 +1,48 @@
+"""The rehearsals of all ranks that differ, a few at a time in processes of their own."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from disttrain.config.schema import Config
+from disttrain.hang import stacks
+from disttrain.hang.observer import raised_at
+from disttrain.mesh import Mesh, build_mesh
+from disttrain.rehearsal.records import Trace
+from disttrain.rehearsal.trace import trace
+
+FEW = 8
+"""Ranks that are not worth a process: the first one in it takes several times as long as the next."""
+
+
+def ranks_that_differ(mesh: Mesh) -> list[int]:
+    """All ranks but those that only read other sequences: of the replicas, and of what ZeRO shards over, the first two and
+    the last one."""
+    kept = {axis: {0, 1, getattr(mesh, axis) - 1} for axis in ("replicate", "shard")}
+    return [
+        rank for rank in range(mesh.world_size)
+        if all(mesh.coordinates(rank)[axis] in places for axis, places in kept.items())
+    ]  # fmt: skip
+
+
+def rehearse(config: Config, world_size: int) -> list[Trace]:
+    """The traces of all ranks that differ, by rank."""
+    ranks = ranks_that_differ(build_mesh(config.parallel, world_size))
+    processes = min(len(ranks) // FEW, len(os.sched_getaffinity(0)))
+    if processes < 2:
+        return [_rehearse(config, world_size, rank) for rank in ranks]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(partial(_rehearse, config, world_size), ranks))
+
+
+def _rehearse(config: Config, world_size: int, rank: int) -> Trace:
+    try:
+        return trace(config, world_size, rank)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, DynamicOutputShapeException | DataDependentOutputException):
+            text = f"what {error.func} gives depends on values, which a rehearsal does not have"
+        return Trace(rank, error=text, at=stacks.place(raised_at(error)))

@@ -1,0 +1,37 @@
+"""What one rank has called in a rehearsal. Imports no torch."""
+
+from dataclasses import dataclass, field
+
+from disttrain.hang.files import Call
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A collective, or one end of a message between two ranks."""
+
+    call: Call
+    """`since` is its place among all calls of the rank; sends and receives are numbered for each sender and receiver."""
+    at: str
+    """File, line and source."""
+    phase: str
+    """"start", or the step: "step 1"."""
+    handed_bytes: int
+    """What this rank hands over; 0 of a receive."""
+    ends: tuple[int, int] | None = None
+    """Sender and receiver in the world; None of a collective."""
+
+
+@dataclass
+class Trace:
+    """All that one rank has called, in order."""
+
+    rank: int
+    recorded: list[Recorded] = field(default_factory=list)
+    handed_bytes: int = 0
+    """What the last step handed over, as the engine counts it."""
+    guessed: set[str] = field(default_factory=set)
+    """Lines that read a value which a rehearsal does not have: it went on with 1, or true."""
+    error: str | None = None
+    """What the rehearsal of this rank has failed with; then nothing is recorded."""
+    at: str = ""
+    """Line of that failure."""
