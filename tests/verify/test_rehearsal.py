@@ -53,7 +53,7 @@ def trained(rank: int, config: Config, world: int) -> tuple[int, list[tuple]]:
     "name", ["dp2.zero2 on 2", "tp2.sp.dp2.mb1 on 4", "pp2-zbv.mb1 on 2", "cp2-ring.zero3.full on 2"]
 )
 def test_a_rehearsal_records_what_a_run_calls(name: str) -> None:
-    config, world = laid_out(name, **{"model.layers": 4} if "zbv" in name else {})
+    config, world = laid_out(name, "gpt", **{"model.layers": 4} if "zbv" in name else {})
     rehearsed = trace(config, world, world - 1)
     handed, called = run_ranks(trained, world, config, world)[-1]
     last = f"step {steps(config)[-1]}"
