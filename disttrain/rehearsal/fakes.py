@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):
         """Note an operator of torch's communication; real tensors are those of this rank afterwards, as from its peers."""
         name, functional = func._schema.name.split("::")[1], func.namespace == "_c10d_functional"
         if name in OPERATIONS:
-            self._note(*OPERATIONS[name], args)
+            self._note(*OPERATIONS[name], args)  # pyright: ignore[reportCallIssue]
         if not any(isinstance(x, FakeTensor) for x in _tensors(args, kwargs)):
             if name == "recv_":
                 args[0][0].fill_(1)
@@ -165,7 +165,7 @@ def _group(args: tuple) -> ProcessGroup:
     for argument in args:
         if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             return ProcessGroup.unbox(argument)
-    return _resolve_process_group(next(x for x in reversed(args) if isinstance(x, str)))
+    return _resolve_process_group(next(x for x in reversed(args) if isinstance(x, str)))  # pyright: ignore[reportArgumentType]
 
 
 def _stack() -> tuple[Frame, ...]:

@@ -74,7 +74,7 @@ def batches_of(config: Config, mesh: Mesh, rank: int, step: int) -> list[Batch]:
 @contextmanager
 def _alone(world_size: int, rank: int, timeout_s: float) -> Iterator[None]:
     """A process group in which the others are only imagined."""
-    options = FakeProcessGroup.Options()
+    options = FakeProcessGroup.Options()  # pyright: ignore[reportCallIssue]
     options._timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size, pg_options=options)
     try:
