@@ -21,7 +21,7 @@ from tests.parallel.test_data_parallel import config_for
 from tests.ranks import run_ranks
 
 FUZZ = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

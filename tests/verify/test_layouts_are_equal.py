@@ -9,7 +9,7 @@ from disttrain.verify.matrix import full_matrix, sample
 from disttrain.verify.proof import Proof
 from tests.verify.small import config_for, proof_for
 
-SAMPLES = 6
+SAMPLES = 5
 """Layouts a family, drawn from the full matrix; `make verify` takes all."""
 
 
