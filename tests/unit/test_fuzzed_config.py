@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from disttrain import cli
+from disttrain import checking
 from disttrain.config.load import all_keys
 from disttrain.config.problems import RefusedInput
 from disttrain.config.schema import Config
@@ -53,7 +53,7 @@ def check(path: Path, words: list[str], world_size: int) -> str:
     error = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")  # as Python opens them
     with redirect_stdout(out), redirect_stderr(error), bounded():
         try:
-            cli.check(path, words, world_size)
+            checking.check(path, words, world_size)
         except RefusedInput as refused:
             assert refused.problems
             for problem in refused.problems:
