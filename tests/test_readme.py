@@ -34,7 +34,7 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     environment, ran = {**os.environ, "OMP_NUM_THREADS": "1"}, 0
     for line in commands():
-        words = shlex.split(line)
+        words = shlex.split(line, comments=True)
         if words[0] == "make":  # make test runs this very test; make demo is tested as disttrain demo
             subprocess.run([*words[:1], "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
             continue
