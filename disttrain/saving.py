@@ -52,7 +52,14 @@ class Saver:
         if self.kept.asynchronous:
             on_gpu = self.device.type == "cuda"
             self._group = for_checkpoints(dist.get_world_size())
-            self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=on_gpu,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=on_gpu,
+                )
+            )
         return self
 
     def __exit__(self, *_: object) -> None:

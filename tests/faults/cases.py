@@ -3,9 +3,7 @@
 import json
 import os
 import random
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import psutil
 from disttrain import checkpoint
 from disttrain.data.files import sha256_file
 from disttrain.data.shards import INDEX, read_index, shard_name
+from tests.components import PRESENT
 from tests.faults.job import (
     EVERY,
     Job,
@@ -331,9 +330,5 @@ CASES = {
 
 def refused_here(case: Case) -> str | None:
     """Why a fault cannot strike on this machine; None if it can."""
-    able = (
-        os.geteuid() == 0
-        and shutil.which("ip")
-        and not subprocess.call(["ip", "netns", "list"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    )
-    return "needs root and network namespaces" if case.needs_root and not able else None
+    present, install = PRESENT["namespaces"]
+    return f"needs emulated hosts: {install}" if case.needs_root and not present() else None

@@ -3,7 +3,8 @@ with the exit code, and gives what the page says."""
 
 import pytest
 
-from tests.faults.cases import CASES, refused_here
+from tests.components import need
+from tests.faults.cases import CASES
 from tests.faults.job import EVERY
 from tests.faults.place import Place
 from tests.faults.table import ELSEWHERE, PAGE, documented
@@ -19,8 +20,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.mark.parametrize("fault", CASES)
 def test_a_fault_ends_as_the_page_says(fault: str, place: Place) -> None:
     case = CASES[fault]
-    if reason := refused_here(case):
-        pytest.skip(reason)
+    if case.needs_root:
+        need("namespaces")
     row = case.strike(place, f"hit_{list(CASES).index(fault)}")
     assert (row.noticed, str(row.exit_code), row.gave) == documented(PAGE.read_text())[fault]
     assert row.seconds is None or row.seconds < case.bound_s
