@@ -1,4 +1,4 @@
-"""Where the ranks of torchrun find each other again after a restart."""
+"""How ranks find each other: those of torchrun after a restart, and new ones beside old ones."""
 
 import json
 import time
@@ -38,3 +38,13 @@ def of_this_start(store: dist.Store, rank: int, world_size: int, timeout_s: floa
         if time.monotonic() > deadline:
             raise RuntimeError("Timed out waiting for ranks that torchrun should have started again")
         time.sleep(LOOK_AGAIN_S)
+
+
+def count_groups_from_zero() -> None:
+    """Forget the groups that this process has counted; only where it is in no world.
+
+    Torch names groups by a count that a fork inherits and that only the end of a world resets, not a world that could not
+    be joined: ranks that count otherwise wait for each other's keys for ever, and a rehearsal's groups have other names.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()

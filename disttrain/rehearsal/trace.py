@@ -18,6 +18,7 @@ from disttrain.engines import Batch
 from disttrain.mesh import Mesh, build_mesh
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import make_groups
+from disttrain.parallel.meeting import count_groups_from_zero
 from disttrain.rehearsal.fakes import Recorder
 from disttrain.rehearsal.records import Trace
 from disttrain.verify.batches import micro_batches, random_batch
@@ -74,6 +75,7 @@ def batches_of(config: Config, mesh: Mesh, rank: int, step: int) -> list[Batch]:
 @contextmanager
 def _alone(world_size: int, rank: int, timeout_s: float) -> Iterator[None]:
     """A process group in which the others are only imagined."""
+    count_groups_from_zero()
     options = FakeProcessGroup.Options()  # pyright: ignore[reportCallIssue]
     options._timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size, pg_options=options)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from disttrain.interruption import die_with_parent
+from disttrain.parallel.meeting import count_groups_from_zero
 
 AFTER_A_FAILURE_S = 2.0
 """How long the other ranks may go on after one has failed: often they wait for it."""
@@ -203,19 +204,12 @@ def _worker(fn: Callable, tasks: Connection, parent: int) -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     torch.set_num_threads(1)
     gc.freeze()  # what the parent holds is no garbage: collections in a rank need not look at it
-    _count_groups_from_zero()
+    count_groups_from_zero()
     with suppress(EOFError):
         die_with_parent(parent)
         while _rank(fn, *tasks.recv()):
             tasks.send(True)
     os._exit(1)  # after a failure: its connections end, so that the others notice
-
-
-def _count_groups_from_zero() -> None:
-    """Torch names groups by a count that a fork inherits and that only the end of a world resets: a new rank whose
-    parent had failed to join a world would wait for other keys than one that has been in a world before."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    dist.destroy_process_group()
 
 
 def _rank(fn: Callable, rank: int, world_size: int, folder: Path, timeout_s: float, args: tuple) -> bool:
