@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
     {"tasks", "run", "slurm_script"},
     {"verify"},
     {"rehearsal"},
+    {"planner"},
     {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands", "checking"},
     {"cli", "__main__"},
 ]

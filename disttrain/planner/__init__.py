@@ -1,0 +1,1 @@
+"""Which layout is best on so many devices, before one is rented."""
