@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=$PWD/.venv/bin/python DEBIAN_FRONTEND=noninteractive
 tests/cluster/install.sh
-apt-get install -y -qq --no-install-recommends g++ cmake make openmpi-bin libopenmpi-dev iproute2 procps numactl libaio-dev
+apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends g++ cmake make openmpi-bin libopenmpi-dev iproute2 procps numactl libaio-dev
 launchers/install_deepspeed.sh
 launchers/install_horovod.sh
 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --prefix .venv/mpich mpich==5.0.2

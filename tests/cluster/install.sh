@@ -3,4 +3,4 @@
 set -eu
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-RUNLEVEL=1 apt-get install -y -qq --no-install-recommends munge slurmctld slurmd slurm-client
+RUNLEVEL=1 apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends munge slurmctld slurmd slurm-client
