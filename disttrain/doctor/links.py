@@ -1,16 +1,21 @@
-"""Speed of an all-reduce between the ranks."""
+"""Speed of collectives between the ranks."""
 
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
-_REPEATS = {8: 200, 64 * 1024: 20, 1024 * 1024: 10, 16 * 1024 * 1024: 5}
-MESSAGE_BYTES = tuple(_REPEATS)
+REPEATS = {8: 200, 64 * 1024: 20, 1024 * 1024: 10, 16 * 1024 * 1024: 5}
+MESSAGE_BYTES = tuple(REPEATS)
 """The first message is so small that its time is the latency."""
+WARM_UP = 3
+"""The first ones set up connections and buffers."""
+
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,58 @@ def measure_links(world_size: int, device: str) -> list[LinkSpeed]:
     group = dist.new_group(backend=backend)
     speeds: list[LinkSpeed] = []
     for message_bytes in MESSAGE_BYTES:
-        tensor = torch.zeros(message_bytes // 4, device=target)
-        durations: list[float] = []
-        for repeat in range(_REPEATS[message_bytes] + 3):
-            _wait_for_device(target)
-            start = time.perf_counter()
-            dist.all_reduce(tensor, group=group)
-            _wait_for_device(target)
-            if repeat >= 3:  # the first ones set up connections and buffers
-                durations.append(time.perf_counter() - start)
-        slowest = torch.tensor([statistics.median(durations)], dtype=torch.float64, device=target)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
-        seconds = slowest.item()
+        durations = time_collective("all_reduce", message_bytes, target, group, REPEATS[message_bytes])
+        seconds = slowest(statistics.median(durations), target, group)
         speed = bus_bandwidth(world_size, message_bytes, seconds)
         speeds.append(LinkSpeed(backend, message_bytes, seconds, speed))
     return speeds
+
+
+def time_collective(
+    collective: Collective, message_bytes: int, device: "torch.device", group: "dist.ProcessGroup | None", repeats: int
+) -> list[float]:
+    """Seconds of each call on this rank; all ranks of the group call it together. `message_bytes` are those that are reduced,
+    that all ranks have together after a gather, or that each rank sends to the next one while it receives as many."""
+    import torch
+    import torch.distributed as dist
+
+    from disttrain.parallel.collectives import all_gather_flat, reduce_scatter_flat
+
+    ranks, at = dist.get_process_group_ranks(group or dist.group.WORLD), dist.get_rank(group)
+    whole = torch.zeros(max(len(ranks), message_bytes // 4) // len(ranks) * len(ranks), device=device)
+    part = torch.zeros(len(whole) // len(ranks), device=device)
+
+    def send() -> None:
+        onward, back = ranks[(at + 1) % len(ranks)], ranks[at - 1]
+        ends = [dist.P2POp(dist.isend, whole, onward, group), dist.P2POp(dist.irecv, torch.empty_like(whole), back, group)]
+        for work in dist.batch_isend_irecv(ends):
+            work.wait()
+
+    call = {
+        "all_reduce": lambda: dist.all_reduce(whole, group=group),
+        "all_gather": lambda: all_gather_flat(whole, part, group),
+        "reduce_scatter": lambda: reduce_scatter_flat(part, whole, group),
+        "send": send,
+    }[collective]
+    durations: list[float] = []
+    for repeat in range(repeats + WARM_UP):
+        _wait_for_device(device)
+        start = time.perf_counter()
+        call()
+        _wait_for_device(device)
+        if repeat >= WARM_UP:
+            durations.append(time.perf_counter() - start)
+    return durations
+
+
+def slowest(seconds: float, device: "torch.device", group: "dist.ProcessGroup | None") -> float:
+    """Of all ranks of the group, which call it together."""
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.tensor([seconds], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor.item()
 
 
 def _wait_for_device(device: "torch.device") -> None:

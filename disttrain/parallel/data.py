@@ -164,6 +164,26 @@ def forget_gathered(model: nn.Module) -> None:
         module.reshard()
 
 
+def gathered(model: nn.Module) -> list[Tensor]:
+    """What FSDP2 gathers weights into; without storage where they are sharded."""
+    return [tensor for p in _fsdp_params(model) for tensor in p.all_gather_outputs]
+
+
+def whole_gradients(model: nn.Module) -> list[Tensor]:
+    """Gradients that FSDP2 adds up before it scatters their sum."""
+    found = []
+    for p in _fsdp_params(model):
+        unsharded = p._unsharded_param.grad if hasattr(p, "_unsharded_param") else None
+        found += [gradient for gradient in (unsharded, p.unsharded_accumulated_grad) if gradient is not None]
+    return found
+
+
+def _fsdp_params(model: nn.Module) -> list[Any]:
+    """torch tells nowhere else."""
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded_modules(model)]
+    return [p for group in groups if group is not None for p in group.fsdp_params]
+
+
 def synchronise(model: nn.Module, zero: int, last: bool) -> None:
     """Say before a micro-batch's forward pass whether it is the step's last.
 
@@ -226,7 +246,7 @@ class CodedReduceScatter(_Counted):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         """Reduce-scatter a flat tensor into flat shards. Raises RuntimeError where a parameter has no gradient."""
         rows = input_tensor.view(group.size(), -1)
-        held = self._module._get_fsdp_state()._fsdp_param_group.fsdp_params  # pyright: ignore  torch tells it nowhere else
+        held = self._module._get_fsdp_state()._fsdp_param_group.fsdp_params  # pyright: ignore
         named = [(p._param_fqn or "", p.padded_sharded_param_size.numel()) for p in held]
         if sum(width for _, width in named) != rows.shape[1]:
             names = ", ".join(name for name, _ in named)

@@ -1,13 +1,15 @@
 """Tensors without storage, and collectives that only leave a note: torch's fake tensors with two exceptions.
 
-Numbers that are not floating (tokens, masks, counts, sizes) stay real as long as they come from real ones: they take little
-memory, and what a step sends may depend on them. And a value that code reads from a fake tensor, or that another rank would
+Numbers that are not floating (tokens, counts, sizes) stay real as long as they come from real ones and are not many (as
+dropout's masks are): they take little memory, and what a step sends may depend on them. And a value that code reads from a fake tensor, or that another rank would
 have sent, is 1; a collective gives what it would if all ranks handed in the same.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -39,17 +41,22 @@ OPERATIONS = {
 }  # fmt: skip
 """torch's operators: what they are called here, and which argument is handed in."""
 HERE = "disttrain/rehearsal/"
+FEW_ELEMENTS = 1 << 20
+"""Larger tensors are without storage whatever they hold."""
 
 
 class Done(dist.Work):
-    """A collective that has completed with these tensors."""
+    """A collective that has completed. It holds its tensors, as gloo's does, as long as somebody holds it."""
 
-    def __init__(self, tensors: Sequence[Tensor]):
+    def __init__(self, tensors: Sequence[Tensor], started: set["Done"]):
+        """torch holds only the C++ half of it until it is asked to wait: until then it is among the `started`."""
         super().__init__()
-        self._tensors = list(tensors)
+        self._tensors, self._started = list(tensors), started
+        started.add(self)
 
     def wait(self, timeout: Any = None) -> bool:
         """Nothing to wait for."""
+        self._started.discard(self)
         return True
 
     def is_completed(self) -> bool:
@@ -58,9 +65,26 @@ class Done(dist.Work):
 
     def get_future(self) -> Any:
         """The tensors, at once."""
+        self._started.discard(self)
         future: torch.futures.Future = torch.futures.Future()
         future.set_result(self._tensors)
         return future
+
+
+@contextmanager
+def addresses() -> Iterator[None]:
+    """Tensors without storage have different addresses, as others have: FSDP2 asks whether a shard is still its own by them,
+    and would copy one that is."""
+    real = torch.UntypedStorage.data_ptr
+
+    def data_ptr(storage: torch.UntypedStorage) -> int:
+        return storage._cdata if storage.device.type == "meta" else real(storage)
+
+    torch.UntypedStorage.data_ptr = data_ptr
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.data_ptr = real
 
 
 class Recorder(TorchDispatchMode):
@@ -69,10 +93,10 @@ class Recorder(TorchDispatchMode):
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.trace, self.phase = Trace(rank), "start"
+        """Calls of a phase without a name are not written down."""
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._numbers: Counter[tuple] = Counter()
-        self._works: list[Done] = []
-        """torch holds only their C++ half."""
+        self._started: set[Done] = set()
         self._lock = Lock()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -83,7 +107,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             return self._communicate(func, types, args, kwargs)
         tensors = _tensors(args, kwargs)
-        if tensors and all(_is_real(x) for x in tensors) or str(kwargs.get("device")) == "meta":
+        if tensors and all(_is_real(x) for x in tensors) and _few(tensors) or str(kwargs.get("device")) == "meta":
             return func(*args, **kwargs)
         try:
             result = self._fake.dispatch(func, types, args, kwargs)
@@ -104,7 +128,7 @@ class Recorder(TorchDispatchMode):
     def _communicate(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
         """Note an operator of torch's communication; real tensors are those of this rank afterwards, as from its peers."""
         name, functional = func._schema.name.split("::")[1], func.namespace == "_c10d_functional"
-        if name in OPERATIONS:
+        if name in OPERATIONS and self.phase:
             self._note(*OPERATIONS[name], args)  # pyright: ignore[reportCallIssue]
         if not any(isinstance(x, FakeTensor) for x in _tensors(args, kwargs)):
             if name == "recv_":
@@ -112,8 +136,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if functional:
             return self._fake.dispatch(func, types, args, kwargs)
-        work = Done(_tensors(args[0]))
-        self._works.append(work)
+        work = Done(_tensors(args[0]), self._started)
         given = [work.boxed() if "Work" in str(r.type) else args[0] for r in func._schema.returns]
         return given[0] if len(given) == 1 else tuple(given)
 
@@ -145,6 +168,16 @@ class Recorder(TorchDispatchMode):
 def _is_real(tensor: Tensor) -> bool:
     """Whether it stays as it is: it has numbers that are not floating, or is torch's own without storage."""
     return not isinstance(tensor, FakeTensor) and (tensor.is_meta or not tensor.is_floating_point())
+
+
+def _few(tensors: Sequence[Tensor]) -> bool:
+    """Whether what an operator makes of them is small; meta tensors always are."""
+    if all(x.is_meta for x in tensors):
+        return True
+    try:
+        return prod(torch.broadcast_shapes(*(x.shape for x in tensors))) <= FEW_ELEMENTS
+    except RuntimeError:  # they are not of one shape, and of no elementwise operator
+        return max(x.numel() for x in tensors) <= FEW_ELEMENTS
 
 
 def _tensors(*trees: Any) -> list[Tensor]:

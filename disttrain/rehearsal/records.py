@@ -1,6 +1,7 @@
 """What one rank has called in a rehearsal. Imports no torch."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from disttrain.hang.files import Call
 
@@ -21,6 +22,40 @@ class Recorded:
     """Sender and receiver in the world; None of a collective."""
 
 
+class LiveBytes(NamedTuple):
+    """Bytes of the storages of all tensors that are alive when most are, by what they hold."""
+
+    weights: int
+    """What the optimizer updates: shards under ZeRO."""
+    copies: int
+    """Weights in low precision, and what ZeRO has gathered."""
+    gradients: int
+    optimizer: int
+    feedback: int
+    """Residuals of coded gradients."""
+    outer: int
+    """Outer weights and momentum of workers that take steps of their own."""
+    activations: int
+    """What a forward pass has made, batches included."""
+    buffers: int
+    """What a backward pass, or what comes after it, has made beside gradients."""
+    step: str
+    """"step 2", or "evaluation"."""
+    phase: str
+    """"forward", "backward", or "update": all that follows the last backward pass."""
+    operator: str
+    """torch's operator that has made the last of these tensors."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self[: len(PARTS)])
+
+
+PARTS = LiveBytes._fields[:8]
+"""The kinds of tensors."""
+
+
 @dataclass
 class Trace:
     """All that one rank has called, in order."""
@@ -31,6 +66,8 @@ class Trace:
     """What the last step handed over, as the engine counts it."""
     guessed: set[str] = field(default_factory=set)
     """Lines that read a value which a rehearsal does not have: it went on with 1, or true."""
+    live: LiveBytes | None = None
+    """The peak of the step after the last recorded one, or of the evaluation, where it was counted."""
     error: str | None = None
     """What the rehearsal of this rank has failed with; then nothing is recorded."""
     at: str = ""

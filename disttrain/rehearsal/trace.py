@@ -1,8 +1,10 @@
 """One rank's training steps without numbers: what it would send, to whom, from which line."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +21,13 @@ from disttrain.mesh import Mesh, build_mesh
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import make_groups
 from disttrain.parallel.meeting import count_groups_from_zero
-from disttrain.rehearsal.fakes import Recorder
-from disttrain.rehearsal.records import Trace
+from disttrain.rehearsal.fakes import Recorder, addresses
+from disttrain.rehearsal.live import Ledger, counting, follow
+from disttrain.rehearsal.records import LiveBytes, Trace
 from disttrain.verify.batches import micro_batches, random_batch
+
+COUNTED = "a step"
+"""Name of the step whose peak is told."""
 
 
 def steps(config: Config) -> tuple[int, ...]:
@@ -34,32 +40,70 @@ def steps(config: Config) -> tuple[int, ...]:
     return 1, max(usual, total_steps(config) or 0) if apart else usual
 
 
-def trace(config: Config, world_size: int, rank: int) -> Trace:
+def trace(config: Config, world_size: int, rank: int, count: bool = False) -> Trace:
     """What this rank calls while its engine is built, takes the steps of `steps` and evaluates, as on a CPU.
 
-    Needs `model.vocab_size`, and a process without a process group; leaves none behind. The tokens are random, and only
-    the user's own model has dropout. Nothing is sent and no floating number computed, so that the time does not depend on
-    the width of the model, nor the memory on its size.
+    Needs `model.vocab_size`, and a process without a process group; leaves none behind. The tokens are random. Nothing is sent and no floating number computed, so that the time does not depend on
+    the width of the model, nor the memory on its size. With `count` the bytes of live tensors are counted, over one more
+    step than is written down.
     """
-    precision: Precision = "bf16" if config.precision == "auto" else config.precision
-    mesh, device = build_mesh(config.parallel, world_size), torch.device("cpu")
-    config = with_values(config, {
-        "run.device": "cpu", "precision": precision, "run.compile": False,
-        "train.micro_batch_size": config.train.micro_batch_size or config.train.global_batch_size // mesh.data_ranks,
-    })  # fmt: skip
-    if config.model.source is None:  # no message depends on it
+    mesh = build_mesh(config.parallel, world_size)
+    config = rehearsed(config, mesh)
+    if config.model.source is None and not count:  # no message depends on it
         config = with_values(config, {"model.dropout": 0.0})
-    with _alone(world_size, rank, config.run.timeout_s), Recorder(rank) as recorder:
-        engine = engines.build(config, make_groups(mesh, rank, "cpu", Traffic()), device, precision)
-        for step in steps(config):
-            recorder.phase = f"step {step}"
-            engine.traffic()
-            engine.step(batches_of(config, mesh, rank, step), step, config.optim.lr)
-            recorder.trace.handed_bytes = engine.traffic().handed
-        recorder.phase = "evaluation"
-        engine.evaluate(batches_of(config, mesh, rank, 0))
-        engine.close()
+    with ExitStack() as stack:
+        stack.enter_context(_alone(world_size, rank, config.run.timeout_s))
+        stack.enter_context(addresses())
+        recorder = stack.enter_context(Recorder(rank))
+        ledger = stack.enter_context(counting()) if count else None
+
+        def begin(phase: str, written: bool) -> None:
+            recorder.phase = phase if written else ""
+
+        recorder.trace.handed_bytes, recorder.trace.live = walk(config, mesh, rank, ledger, begin)
     return recorder.trace
+
+
+def walk(
+    config: Config, mesh: Mesh, rank: int, ledger: Ledger | None, begin: Callable[[str, bool], None] | None = None
+) -> tuple[int, LiveBytes | None]:
+    """Build the engine of a `rehearsed` config, take its steps and evaluate, under whatever process group there is: what the
+    last step handed over, and the peak that the ledger has seen. `begin` hears of each phase, and whether it is more than a
+    count."""
+    begin = begin or (lambda phase, written: None)
+    precision: Any = config.precision
+    groups = make_groups(mesh, rank, "cpu", Traffic())
+    engine: Any = engines.build(config, groups, torch.device("cpu"), precision)
+    numbers, handed = steps(config), 0
+    if ledger is not None:
+        follow(ledger, engine)
+        numbers = *numbers, numbers[-1]  # moments, and what else the first steps make, are there from its beginning
+
+    for at, step in enumerate(numbers):
+        name, written = f"step {step}", at < len(steps(config))
+        begin(name, written)
+        if ledger is not None:
+            gc.collect()
+            ledger.begin(name if written else COUNTED, "forward")
+        engine.traffic()
+        engine.step(batches_of(config, mesh, rank, step), step, config.optim.lr)
+        handed = engine.traffic().handed
+    begin("evaluation", True)
+    if ledger is not None:
+        ledger.begin("evaluation", "forward")
+    engine.evaluate(batches_of(config, mesh, rank, 0))
+    engine.close()
+    return handed, None if ledger is None else ledger.peak((COUNTED, "evaluation"))
+
+
+def rehearsed(config: Config, mesh: Mesh) -> Config:
+    """The config on a CPU, its blocks not compiled, with what is open decided."""
+    share = config.train.global_batch_size // mesh.data_ranks
+    precision: Precision = "bf16" if config.precision == "auto" else config.precision
+    return with_values(config, {
+        "run.device": "cpu", "precision": precision, "run.compile": False,
+        "train.micro_batch_size": config.train.micro_batch_size or share,
+    })  # fmt: skip
 
 
 def batches_of(config: Config, mesh: Mesh, rank: int, step: int) -> list[Batch]:
