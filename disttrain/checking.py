@@ -13,7 +13,8 @@ def check(
     ] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks the run would have.")] = 1,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Rehearse a step of every rank without data and compare what they send.")
+        bool, typer.Option("--trace", help="Rehearse steps of every rank without data, compare what they send, and count "
+                                           "the bytes they hold.")
     ] = False,
 ) -> None:
     """List every problem of a config at once, or show its mesh, batch arithmetic and predicted memory."""
@@ -38,7 +39,7 @@ def check(
     from disttrain.config.load import with_values
     from disttrain.rehearsal.comparison import first_mismatch
     from disttrain.rehearsal.everyone import rehearse
-    from disttrain.rehearsal.report import agreement, disagreement, failure
+    from disttrain.rehearsal.report import agreement, disagreement, failure, held
 
     settings = with_values(settings, {"model.vocab_size": likely_vocabulary(settings)})
     traces = rehearse(settings, world_size)
@@ -49,6 +50,8 @@ def check(
     mismatch = first_mismatch(traces)
     if mismatch is None:
         console.print(agreement(traces, settings, world_size))
+        console.print()
+        console.print(held(traces, settings))
         return
     console.print(disagreement(mismatch, traces, settings, world_size), markup=False, highlight=False)
     raise typer.Exit(1)

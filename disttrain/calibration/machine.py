@@ -1,5 +1,6 @@
 """All measurements of one machine, by all ranks of a world together."""
 
+import math
 import platform
 import socket
 import statistics
@@ -16,6 +17,7 @@ from disttrain import hardware
 from disttrain.calibration import links, passes, products
 from disttrain.calibration.timing import Timed, timed, wait
 from disttrain.config.schema import Precision
+from disttrain.doctor.software import versions
 from disttrain.launch import RankInfo
 from disttrain.parallel import world
 from disttrain.parallel.collectives import gather_objects
@@ -35,6 +37,7 @@ class Measurements(NamedTuple):
     """What was measured, and how far its repeats lie apart; the same on all ranks."""
 
     speeds: Speeds
+    versions: dict[str, str]
     threads: int
     """That a rank computes with."""
     together: tuple[tuple[int, float], ...]
@@ -78,7 +81,9 @@ def measure(info: RankInfo, requested: str, say: Say) -> Measurements:
         tell("how many ranks of a host compute at full speed together")
         together = _together(info, device, dtype)
         active = max(count for count, share in together if share >= FULL)
-        own = _computing(device, dtype, tell) if info.local_rank < active else None
+        alone = products.rate(device, dtype) if info.local_rank < active else math.inf
+        rate = min(gather_objects(alone))
+        own = _computing(device, dtype, rate, tell) if info.local_rank < active else None
         everyone = [one for one in gather_objects(own) if one is not None]
         tell("links")
         inside, between = _links(info, device)
@@ -89,8 +94,8 @@ def measure(info: RankInfo, requested: str, say: Say) -> Measurements:
         context_bytes=context_bytes, group_bytes=group_bytes
     )
     first: _Own = everyone[0]
-    return Measurements(speeds, torch.get_num_threads(), tuple(together), tuple(first.products), tuple(first.passes),
-                        first.operator, tuple(inside), tuple(between), time.perf_counter() - began)  # fmt: skip
+    return Measurements(speeds, versions(with_gpus=gpu), torch.get_num_threads(), tuple(together), tuple(first.products),
+                        tuple(first.passes), first.operator, tuple(inside), tuple(between), time.perf_counter() - began)  # fmt: skip
 
 
 def _together(info: RankInfo, device: torch.device, dtype: torch.dtype) -> list[tuple[int, float]]:
@@ -108,12 +113,11 @@ def _together(info: RankInfo, device: torch.device, dtype: torch.dtype) -> list[
     return [(count, seconds[1] / seconds[count]) for count in counts]
 
 
-def _computing(device: torch.device, dtype: torch.dtype, tell: Say) -> _Own:
-    """What a rank measures by itself, while others do the same."""
+def _computing(device: torch.device, dtype: torch.dtype, rate: float, tell: Say) -> _Own:
+    """What a rank measures by itself, while others do the same; `rate`, in FLOP/s, says what they can afford."""
     tell("passes over memory, and operators")
     found = [*passes.measure(device, dtype), passes.adamw(device)]
     operator, overhead = passes.operator(device), passes.call(device, dtype).seconds
-    rate = products.rate(device, dtype)
     sizes = products.sizes(rate * products.LONGEST_SECONDS)
     measured = []
     for at, size in enumerate(sizes):
@@ -181,7 +185,7 @@ def _each(ranks: Iterable[Sequence[Any]]) -> tuple:
     return tuple(
         type(points[0])(*(statistics.mean(values) if isinstance(values[0], float) else values[0]
                           for values in zip(*points, strict=True)))
-        for points in zip(*ranks, strict=False)
+        for points in zip(*ranks, strict=True)
     )  # fmt: skip
 
 

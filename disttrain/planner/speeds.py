@@ -5,6 +5,7 @@ file between the two. Fields with a default may be left out by whoever measures.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,26 +94,48 @@ class Speeds(NamedTuple):
     """What of this is assumed, for the reader of a plan."""
 
 
-def write(path: Path, speeds: Speeds) -> None:
-    """As JSON, whole or not at all."""
+def write(path: Path, speeds: Speeds, details: Mapping[str, Any] | None = None) -> None:
+    """As JSON, whole or not at all, beside those in other precisions that the file holds already; `details` of how they were
+    measured are for people."""
     path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        kept = _entries(path)
+    except (OSError, ValueError, TypeError):
+        kept = {}
+    kept.pop(speeds.precision, None)
+    entries = {**kept, speeds.precision: {"speeds": speeds._asdict(), "details": dict(details or {})}}
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(speeds._asdict(), indent=1), encoding="utf-8")
+    new.write_text(json.dumps(entries, indent=1), encoding="utf-8")
     new.replace(path)
 
 
-def read(path: Path) -> Speeds:
-    """What `write` wrote. Raises RefusedInput for a file that is not there or holds something else."""
+def read(path: Path, precision: str | None = None) -> Speeds:
+    """What `write` wrote, last of all if no precision is named. Raises RefusedInput for a file that is not there, holds
+    something else, or nothing in that precision."""
     path = path.expanduser()
     fix = "run `disttrain calibrate`, or name a device or another file"
     try:
-        return _made(json.loads(path.read_text(encoding="utf-8")))
+        entries = _entries(path)
+        chosen = precision or list(entries)[-1]
+        if chosen in entries:
+            return _made(entries[chosen]["speeds"])
     except FileNotFoundError:
         raise RefusedInput([Problem((f"--device {path}",), "there is no such file", fix)]) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RefusedInput([Problem((f"--device {path}",), f"it does not hold measured speeds: {reason}", fix)]) from None
+    message = f"it holds speeds in {', '.join(entries)} only"
+    fix = f"run `disttrain calibrate --precision {chosen}`"
+    raise RefusedInput([Problem((f"--device {path}", f"precision={chosen}"), message, fix)])
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    """By precision, in the order in which they were written. Raises TypeError for other JSON."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, dict) or not entries:
+        raise TypeError("it is not an object by precision")
+    return entries
 
 
 def _made(values: dict[str, Any]) -> Speeds:

@@ -28,8 +28,16 @@ def ranks_that_differ(mesh: Mesh) -> list[int]:
     ]  # fmt: skip
 
 
+def ranks_that_hold_most(mesh: Mesh) -> list[int]:
+    """One of each pipeline rank: parts that are not even are largest on the first ranks of an axis."""
+    return [
+        rank for rank in range(mesh.world_size)
+        if all(at == 0 for axis, at in mesh.coordinates(rank).items() if axis != "pipeline")
+    ]  # fmt: skip
+
+
 def rehearse(config: Config, world_size: int) -> list[Trace]:
-    """The traces of all ranks that differ, by rank."""
+    """The traces of all ranks that differ, by rank, with the live bytes of those that hold most."""
     ranks = ranks_that_differ(build_mesh(config.parallel, world_size))
     processes = min(len(ranks) // FEW, len(os.sched_getaffinity(0)))
     if processes < 2:
@@ -40,7 +48,7 @@ def rehearse(config: Config, world_size: int) -> list[Trace]:
 
 def _rehearse(config: Config, world_size: int, rank: int) -> Trace:
     try:
-        return trace(config, world_size, rank)
+        return trace(config, world_size, rank, count=rank in ranks_that_hold_most(build_mesh(config.parallel, world_size)))
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         if isinstance(error, DynamicOutputShapeException | DataDependentOutputException):

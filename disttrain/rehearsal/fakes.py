@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from disttrain.hang import stacks
@@ -72,19 +73,21 @@ class Done(dist.Work):
 
 
 @contextmanager
-def addresses() -> Iterator[None]:
-    """Tensors without storage have different addresses, as others have: FSDP2 asks whether a shard is still its own by them,
-    and would copy one that is."""
-    real = torch.UntypedStorage.data_ptr
+def shards_stay() -> Iterator[None]:
+    """FSDP2 copies shards that are shorter than others when they have moved, which it asks of plain tensors only: of fake
+    ones it would copy all."""
+    reset = FSDPParam.reset_sharded_param
 
-    def data_ptr(storage: torch.UntypedStorage) -> int:
-        return storage._cdata if storage.device.type == "meta" else real(storage)
+    def reset_sharded_param(param: FSDPParam) -> None:
+        here, shard = param._sharded_param_data, param.sharded_param._local_tensor
+        if not isinstance(here, FakeTensor) or here.untyped_storage()._cdata != shard.untyped_storage()._cdata:
+            reset(param)
 
-    torch.UntypedStorage.data_ptr = data_ptr
+    FSDPParam.reset_sharded_param = reset_sharded_param
     try:
         yield
     finally:
-        torch.UntypedStorage.data_ptr = real
+        FSDPParam.reset_sharded_param = reset
 
 
 class Recorder(TorchDispatchMode):

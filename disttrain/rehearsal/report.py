@@ -10,9 +10,9 @@ from rich.text import Text
 from disttrain.config.schema import Config
 from disttrain.hang.explanation import described, handed, names
 from disttrain.hang.reading import everyone
-from disttrain.loggers.readable import count
+from disttrain.loggers.readable import count, size
 from disttrain.rehearsal.comparison import Mismatch
-from disttrain.rehearsal.records import Recorded, Trace
+from disttrain.rehearsal.records import PARTS, Recorded, Trace
 
 LINES = 3
 """Lines that read a value, of those that are named."""
@@ -41,6 +41,24 @@ def agreement(traces: Sequence[Trace], config: Config, world_size: int) -> Group
     total = sum(len(trace.recorded) for trace in traces)
     said = Text(f"rehearsed {_ranks(traces, world_size)}: their {total:,} calls match")
     return Group(said, table, *_guesses(traces))
+
+
+def held(traces: Sequence[Trace], config: Config) -> Table:
+    """The counted peak of one rank of each pipeline rank, by what the bytes hold."""
+    counted = [(trace.rank, trace.live) for trace in traces if trace.live is not None]
+    parts = [at for at in range(len(PARTS)) if any(live[at] for _, live in counted)]
+    table = Table(box=None, pad_edge=False, title=f"counted memory of a rank at its peak, {_precision(config)}",
+                  title_justify="left", title_style="italic")  # fmt: skip
+    for column in ("rank", "together", *(PARTS[at] for at in parts), "in"):
+        table.add_column(column, justify="left" if column == "in" else "right")
+    for rank, live in counted:
+        where = live.step if live.step == "evaluation" else f"{live.step}: {live.phase}"
+        table.add_row(str(rank), f"[bold]{size(live.total)}", *(size(live[at]) for at in parts), where)
+    return table
+
+
+def _precision(config: Config) -> str:
+    return "bf16" if config.precision == "auto" else config.precision
 
 
 def disagreement(mismatch: Mismatch, traces: Sequence[Trace], config: Config, world_size: int) -> str:

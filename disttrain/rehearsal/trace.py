@@ -21,7 +21,7 @@ from disttrain.mesh import Mesh, build_mesh
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import make_groups
 from disttrain.parallel.meeting import count_groups_from_zero
-from disttrain.rehearsal.fakes import Recorder, addresses
+from disttrain.rehearsal.fakes import Recorder, shards_stay
 from disttrain.rehearsal.live import Ledger, counting, follow
 from disttrain.rehearsal.records import LiveBytes, Trace
 from disttrain.verify.batches import micro_batches, random_batch
@@ -53,7 +53,7 @@ def trace(config: Config, world_size: int, rank: int, count: bool = False) -> Tr
         config = with_values(config, {"model.dropout": 0.0})
     with ExitStack() as stack:
         stack.enter_context(_alone(world_size, rank, config.run.timeout_s))
-        stack.enter_context(addresses())
+        stack.enter_context(shards_stay())
         recorder = stack.enter_context(Recorder(rank))
         ledger = stack.enter_context(counting()) if count else None
 
