@@ -149,17 +149,56 @@ def checkpoint_bytes(model: ModelConfig, precision: Precision) -> int:
 
 
 class ActivationBytes(NamedTuple):
-    """Bytes that one micro-batch needs beside the state, an estimate of the peak."""
+    """Bytes that one micro-batch needs beside the state."""
 
     saved: float
     """Held from the forward to the backward pass."""
     working: float
-    """The largest that comes on top: the logits' gradient, or the block that is being recomputed."""
+    """The most that comes on top in the backward pass: the gradient of the logits and what the loss widens, or what of a block
+    is recomputed and the gradients inside it."""
 
     @property
     def total(self) -> float:
         """Both."""
         return self.saved + self.working
+
+
+Device = Literal["cpu", "cuda"]
+CHUNK_ELEMENTS: dict[str, int] = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Logits that the loss widens to float32 at a time: what fits a CPU core's cache; a GPU's launches against its memory."""
+TILE_ELEMENTS: dict[str, int] = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Scores that ring attention computes at a time."""
+UNFUSED_SEQUENCE = 512
+"""Longest sequence, in tokens, for which half-precision attention on a CPU is computed by plain products."""
+
+
+def attention_is_fused(model: ModelConfig, sequence_length: int, precision: Precision, device: Device) -> bool:
+    """Whether the scores are never in memory as a whole (`disttrain.models.layers.attend`)."""
+    plain = device == "cpu" and precision in ("bf16", "fp16") and sequence_length <= UNFUSED_SEQUENCE
+    return model.dropout == 0 and not plain
+
+
+class _Sizes(NamedTuple):
+    """Bytes of one micro-batch on one rank, of which a block's activations are made up."""
+
+    residual: float
+    """Hidden states in the residual stream: w H T, of the positions that this rank has between the matrices."""
+    input: float
+    """The same as input of a product: c H T."""
+    gathered: float
+    """The same of all positions: with sequence parallelism they are gathered."""
+    heads: float
+    """Queries, or keys, or values, or the heads' output."""
+    features: float
+    """Input, or output, of the activation function: c F T."""
+    scores: float
+    """The largest of what attention holds of its scores: c A S T when not fused."""
+    core: float
+    """What attention saves for itself."""
+    masks: float
+    """Of both dropouts of the residual branches."""
+    cast: bool
+    """Whether products are of another type than the residual stream."""
 
 
 def activation_bytes(
@@ -176,44 +215,89 @@ def activation_bytes(
     tensor: int = 1,
     sequence: bool = False,
     context: int = 1,
+    device: Device = "cuda",
+    ring: bool = False,
 ) -> ActivationBytes:
-    """Activations of one micro-batch on one rank, without dropout; of the whole model if no layout is given.
+    """Activations of one micro-batch on one rank; of the whole model if no layout is given.
 
     Korthikanti et al. 2022, equation 2 (34 S B H + 5 A S^2 B bytes a block), adapted to this code: c bytes for an
-    element of a matrix product (2, 4 or 8), w for one of the residual stream and the norms (4, or 8 in fp64), and no
-    dropout masks. For each token, a block saves
+    element of a matrix product (2, 4 or 8), w for one of the residual stream and the norms (4, or 8 in fp64), dropout's masks
+    of one byte. For each token, a block saves
 
         2 w H + 2 c H    inputs of both norms, of qkv and of up
         4 c H            input of out; query, key and value
         2 c F            inputs of GELU and down
         4 A              log-sum-exp of fused attention, or c A S for its weights when it is not fused
+        2 H + (c + 1) A S    with dropout, which no fused kernel does: masks, and weights before and after
 
     and the head w H + c H + c V (for BERT only at predicted tokens, with a second H x H layer: w H + 3 c H + c V).
     recompute=full keeps w H for each token and block; selective drops what attention saves for itself.
 
+    In the backward pass of a block come on top: at GELU w H + c H + c F, once what was recomputed is there; at attention 2 c A S
+    (or 4 c H when fused) and w H, when 2 c F + w H + c H have been freed.
+
     Tensor parallelism divides all of a block but the first line, sequence parallelism that one too (ibid., table 2), and
     of the head c V; context parallelism divides the tokens. A pipeline rank has some `layers`, and perhaps the head.
     """
-    shape = shape_of(model)
-    h, v = shape.hidden_size, shape.vocab_size
     wide, narrow = _wide_bytes(precision), 2 if precision in ("bf16", "fp16") else _wide_bytes(precision)
-    positions = tensor if sequence else 1
-    core = (4 * shape.heads if fused_attention else narrow * shape.heads * sequence_length) / tensor
-    block = 2 * (wide + narrow) * h / positions + (4 * h + 2 * shape.ffn_hidden_size) * narrow / tensor
-    kept = {"none": block + core, "selective": block, "full": wide * h / positions}[recompute]
     tokens = sequence_length * micro_batch_size / context
-    count = shape.layers if layers is None else layers
-    saved = count * kept * tokens
-    again = {"none": 0.0, "selective": core, "full": block + core}[recompute] * tokens if count else 0.0
+    sizes = _sizes(model, sequence_length, tokens, (wide, narrow), fused_attention, tensor, sequence)
+    if ring:
+        tile = min(TILE_ELEMENTS[device], micro_batch_size * shape_of(model).heads / tensor * (tokens / micro_batch_size) ** 2)
+        sizes = sizes._replace(scores=2 * wide * tile)
+    block = 2 * (sizes.residual + sizes.input) + 4 * sizes.heads + 2 * sizes.features + sizes.masks
+    kept = {"none": block + sizes.core, "selective": block, "full": sizes.residual}[recompute]
+    count = shape_of(model).layers if layers is None else layers
+    working = _working(sizes, block, recompute) if count else 0.0
     if not head:
-        return ActivationBytes(saved, again)
+        return ActivationBytes(count * kept, working)
+    saved, logits = _head(model, sequence_length, tokens, predicted_tokens, tensor, (wide, narrow))
+    widened = max(4, narrow) * min(2 * CHUNK_ELEMENTS[device], logits / narrow)
+    return ActivationBytes(count * kept + saved, max(logits + widened, working))
+
+
+def _sizes(
+    model: ModelConfig, length: int, tokens: float, item: tuple[int, int], fused: bool, tensor: int, sequence: bool
+) -> _Sizes:
+    shape, (wide, narrow), between = shape_of(model), item, tokens / (tensor if sequence else 1)
+    h, dropped, scores = shape.hidden_size, model.dropout > 0, shape.heads / tensor * length * tokens
+    return _Sizes(
+        residual=wide * h * between,
+        input=narrow * h * between,
+        gathered=narrow * h * tokens if sequence else 0.0,
+        heads=narrow * h / tensor * tokens,
+        features=narrow * shape.ffn_hidden_size / tensor * tokens,
+        scores=0.0 if fused else narrow * scores,
+        core=4 * shape.heads / tensor * tokens if fused else (narrow + dropped * (narrow + 1)) * scores,
+        masks=2 * h * between * dropped,
+        cast=narrow < wide,
+    )
+
+
+def _working(sizes: _Sizes, block: float, recompute: Recompute) -> float:
+    """The most that a block's backward pass has beside what was saved."""
+    again = {"none": 0.0, "selective": sizes.core, "full": block + sizes.core - sizes.residual}[recompute]
+    gradients = sizes.residual + sizes.cast * sizes.input
+    activation = gradients + sizes.features + 2 * sizes.gathered
+    freed = 2 * sizes.features + sizes.residual + sizes.input
+    attention = sizes.residual + (2 * sizes.scores + 2 * sizes.heads if sizes.scores else 4 * sizes.heads) - freed
+    if recompute == "selective":
+        return max(activation, again + attention)
+    return again + max(activation, attention)
+
+
+def _head(
+    model: ModelConfig, length: int, tokens: float, predicted_tokens: float | None, tensor: int, item: tuple[int, int]
+) -> tuple[float, float]:
+    """Bytes that the head saves, and the logits among them."""
+    shape, (wide, narrow) = shape_of(model), item
     if model.family == "gpt":
-        predicted, input_bytes = tokens, (wide + narrow) * h
+        predicted, each = tokens, (wide + narrow) * shape.hidden_size
     else:
-        predicted = _predicted(sequence_length, predicted_tokens) * micro_batch_size / context
-        input_bytes = (wide + 3 * narrow) * h
-    logits = narrow * v / tensor * predicted
-    return ActivationBytes(saved + input_bytes * predicted + logits, max(logits, again))
+        predicted = _predicted(length, predicted_tokens) * tokens / length
+        each = (wide + 3 * narrow) * shape.hidden_size
+    logits = narrow * shape.vocab_size / tensor * predicted
+    return each * predicted + logits, logits
 
 
 def _predicted(sequence_length: int, predicted_tokens: float | None) -> float:

@@ -3,7 +3,7 @@
 The formulas of `disttrain.costs` put together; `docs/measurement.md` has them in prose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ from disttrain import costs
 from disttrain.config.coded import may_be_coded
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import Config, ModelConfig, Precision
-from disttrain.costs import ActivationBytes, StateBytes
+from disttrain.costs import ActivationBytes, Device, StateBytes
 from disttrain.mesh import Mesh
+from disttrain.moments import InFlight, Parameters, Sharing, moments
 from disttrain.stages import layers_of_stages, stage_numbers, virtual_stages
 
 Shapes = dict[str, tuple[int, ...]]
@@ -144,14 +145,20 @@ def in_flight(schedule: str, rank: int, ranks: int, virtual: int, micro_batches:
 
 
 class RankMemory(NamedTuple):
-    """Predicted bytes of one pipeline rank; its data, context and tensor ranks hold no more."""
+    """Predicted bytes of one pipeline rank at its peak; its data, context and tensor ranks hold no more."""
 
     layers: list[range]
     """Blocks of each of its stages."""
     parameters: int
     """Elements of the parameters whose gradients it computes."""
     state: StateBytes
-    activations: ActivationBytes
+    """Copies and gradients are those that are there at that moment."""
+    activations: float
+    """Of all micro-batches in flight, and what works on top."""
+    buffers: float
+    """What is gathered, scattered or summed at that moment."""
+    moment: str
+    """When: one of `disttrain.moments`."""
     host: int
     """What of the state ZeRO keeps in host memory (parallel.offload)."""
     feedback: int = 0
@@ -163,42 +170,94 @@ class RankMemory(NamedTuple):
     @property
     def total(self) -> float:
         """Bytes where it computes, host memory of offloading apart."""
-        return self.state.total + self.activations.total + self.feedback + self.outer - self.host
+        return self.state.total + self.activations + self.buffers + self.feedback + self.outer - self.host
 
 
-def predict(config: Config, mesh: Mesh, precision: Precision, micro_batches: int) -> list[RankMemory]:
-    """One entry for each pipeline rank. The model is resolved, the layout legal (`disttrain.layout`)."""
+def predict(
+    config: Config, mesh: Mesh, precision: Precision, micro_batches: int, device: Device | None = None
+) -> list[RankMemory]:
+    """One entry for each pipeline rank. The model is resolved, the layout legal (`disttrain.layout`). Without a `device`
+    run.device says which kernels there are: a GPU's, unless it says cpu."""
     parallel, model, size = config.parallel, config.model, mesh.pipeline
+    device = device or ("cpu" if config.run.device == "cpu" else "cuda")
     virtual = virtual_stages(parallel.schedule, parallel.virtual_stages) if size > 1 else 1
     layers = layers_of_stages(model, config.data.sequence_length, size * virtual)
+    each, shards = costs.state_bytes_per_parameter(precision), mesh.shard * mesh.context
+    data = mesh.replicate * shards
+    sharing = Sharing(parallel.zero, micro_batches > 1, data > 1 and config.outer.method == "none", size > 1)
+    block, head = activations_of(config, mesh, precision, micro_batches, device)
     found = []
     for rank in range(size):
         numbers = stage_numbers(parallel.schedule, rank, size, virtual) if size > 1 else [0]
-        state, parameters = StateBytes(0, 0, 0, 0), 0
-        for number in numbers:
-            ends = number == 0, number == size * virtual - 1
-            shapes = parameter_shapes(model, layers[number], *ends, tensor=mesh.tensor)
-            parameters += sum(map(prod, shapes.values()))
-            more = zero_bytes(shapes, parallel.zero, mesh.shard * mesh.context, precision, micro_batches > 1)
-            state = StateBytes(*(a + b for a, b in zip(state, more, strict=True)))
-            if config.compression.codec == "onebit_lamb":  # fresh second moments of matrices
-                fresh = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
-                each = costs.state_bytes_per_parameter(precision).weight
-                state = state._replace(optimizer=state.optimizer + fresh * each)
-        held = [layers[number] for number in numbers]
-        last = numbers[-1] == size * virtual - 1
-        activations = _activations(config, mesh, precision, micro_batches, rank, held, last)
-        moved = parallel.offload and parallel.zero
-        host = state.weight + state.optimizer + (state.gradient if parallel.zero > 1 else 0) if moved else 0
-        data, replicas = mesh.replicate * mesh.shard * mesh.context, mesh.replicate
+        ends = [(n == 0, n == size * virtual - 1) for n in numbers]
+        stages = [parameter_shapes(model, layers[n], *end, tensor=mesh.tensor) for n, end in zip(numbers, ends, strict=True)]
+        count = counted(stages, [layers[n] for n in numbers], parallel.zero, shards)
+        flight = _flight(config, mesh, rank, len(numbers), micro_batches, ends[-1][1])
+        found_moments = moments(count, sharing, flight, block, head, each.weight, each.compute_copy or each.weight)
+        name, most = max(found_moments.items(), key=lambda item: item[1].total)
+        optimizer = count.held * each.optimizer
+        if config.compression.codec == "onebit_lamb":  # fresh second moments of matrices
+            optimizer += each.weight * sum(prod(s) for shapes in stages for s in shapes.values() if len(s) > 1)
+        weight = count.held * each.weight
+        state = StateBytes(weight, int(most.copies), int(most.gradients), optimizer)
+        host = 0
+        if parallel.offload and parallel.zero:
+            host = weight + optimizer + (state.gradient if parallel.zero > 1 else 0)
         feedback = sum(
-            residual_bytes(config, precision, layers[n], n == 0, n == size * virtual - 1,
-                           mesh.tensor, parallel.zero, data, replicas)
-            for n in numbers
-        )  # fmt: skip
-        outer = {"none": 0, "nesterov": 2}.get(config.outer.method, 1) * int(state.weight)
-        found.append(RankMemory(held, parameters, state, activations, host, feedback, outer))
+            residual_bytes(config, precision, layers[n], *end, mesh.tensor, parallel.zero, data, mesh.replicate)
+            for n, end in zip(numbers, ends, strict=True)
+        )
+        outer = {"none": 0, "nesterov": 2}.get(config.outer.method, 1) * weight
+        found.append(RankMemory([layers[n] for n in numbers], count.whole, state, float(most.activations),
+                                float(most.buffers), name, host, feedback, outer))  # fmt: skip
     return found
+
+
+def counted(stages: Sequence[Shapes], layers: Sequence[range], zero: int, shards: int) -> Parameters:
+    """Elements of the parameters of a rank with these stages."""
+    held = rest = head = embedding = block = largest = 0
+    tied = False
+    for shapes in stages:
+        for name, shape in shapes.items():
+            elements, whole = prod(shape), _block_norm(name)
+            held += elements if zero == 0 or whole else prod((-(-shape[0] // shards), *shape[1:]))
+            rest += 0 if name.startswith("blocks.") else elements
+            head += elements if name.startswith("head.") and len(shape) > 1 else 0
+        if "embed.tokens.weight" in shapes:
+            embedding += prod(shapes["embed.tokens.weight"])
+            if "head.norm.weight" in shapes:  # the decoder is the embedding
+                tied, head = True, head + prod(shapes["embed.tokens.weight"])
+        first = next((name.split(".")[1] for name in shapes if name.startswith("blocks.")), None)
+        if first is not None and not block:
+            own = {n: s for n, s in shapes.items() if n.startswith(f"blocks.{first}.") and not _block_norm(n)}
+            block, largest = sum(map(prod, own.values())), max(map(prod, own.values()))
+    whole = sum(prod(shape) for shapes in stages for shape in shapes.values())
+    return Parameters(whole, held, block, sum(map(len, layers)), max(map(len, layers)), rest, head, embedding, tied, largest)
+
+
+def _flight(config: Config, mesh: Mesh, rank: int, stages: int, micro_batches: int, last: bool) -> InFlight:
+    if mesh.pipeline == 1:
+        return InFlight(1, 1, micro_batches > 1)
+    chunks, heads = in_flight(config.parallel.schedule, rank, mesh.pipeline, stages, micro_batches)
+    return InFlight(chunks, heads if last else 0, chunks < stages * micro_batches)
+
+
+def activations_of(
+    config: Config, mesh: Mesh, precision: Precision, micro_batches: int, device: Device
+) -> tuple[ActivationBytes, ActivationBytes]:
+    """Of one block and of the head, for one micro-batch."""
+    parallel, model, length = config.parallel, config.model, config.data.sequence_length
+    size = config.train.global_batch_size // mesh.data_ranks // micro_batches
+    ring = mesh.context > 1 and parallel.context_method == "ring"
+
+    def of(layers: int, head: bool) -> ActivationBytes:
+        return costs.activation_bytes(
+            model, length, size, precision, parallel.recompute,
+            ring or costs.attention_is_fused(model, length, precision, device), layers=layers, head=head,
+            tensor=mesh.tensor, sequence=parallel.sequence, context=mesh.context, device=device, ring=ring,
+        )  # fmt: skip
+
+    return of(1, False), of(0, True)
 
 
 def residual_bytes(
@@ -217,24 +276,3 @@ def residual_bytes(
     total = sum(prod(shape) for name, shape in local.items() if may_be_coded(compression, name, shape))
     may_skip = precision == "fp16" and config.outer.method == "none"
     return total * costs.state_bytes_per_parameter(precision).weight * (2 if may_skip else 1)
-
-
-def _activations(
-    config: Config, mesh: Mesh, precision: Precision, micro_batches: int, rank: int, held: list[range], last: bool
-) -> ActivationBytes:
-    """All in flight, each counted as the rank's longest stage."""
-    parallel = config.parallel
-    size = config.train.global_batch_size // mesh.data_ranks // micro_batches
-    chunks, heads = 1, 1
-    if mesh.pipeline > 1:
-        chunks, heads = in_flight(parallel.schedule, rank, mesh.pipeline, len(held), micro_batches)
-
-    def of(layers: int, head: bool) -> ActivationBytes:
-        return costs.activation_bytes(
-            config.model, config.data.sequence_length, size, precision, parallel.recompute, layers=layers, head=head,
-            tensor=mesh.tensor, sequence=parallel.sequence, context=mesh.context,
-        )  # fmt: skip
-
-    blocks, head = of(max(map(len, held)), False), of(0, True)
-    saved = chunks * blocks.saved + (heads * head.saved if last else 0)
-    return ActivationBytes(saved, max(blocks.working, head.working if last else 0))

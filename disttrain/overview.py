@@ -120,7 +120,8 @@ def _memory(config: Config, mesh: Mesh) -> Group:
         "optimizer": state.optimizer,
         "error feedback": worst.feedback,
         "outer weights": worst.outer,
-        "activations": worst.activations.total,
+        "activations": worst.activations,
+        "buffers": worst.buffers,
         "of these in host memory": worst.host,
     }
     for name, amount in parts.items():

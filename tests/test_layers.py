@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "disttrain"
 LAYERS: list[set[str]] = [
     {"hardware", "launch", "capabilities", "config", "interruption"},
     {"mesh", "costs", "failures"},
-    {"stages", "deepspeed_config", "hang"},
+    {"stages", "deepspeed_config", "hang", "moments"},
     {"layout", "memory"},
     {"models", "data", "optim", "precision", "checkpoint_contents"},
     {"grad_compression"},
@@ -26,7 +26,8 @@ LAYERS: list[set[str]] = [
     {"verify"},
     {"rehearsal"},
     {"planner"},
-    {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands", "checking"},
+    {"calibration"},
+    {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands", "checking", "calibrating"},
     {"cli", "__main__"},
 ]
 """Module names from the bottom; a module may import what is lower, or its own package."""

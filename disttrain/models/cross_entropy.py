@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from disttrain.costs import CHUNK_ELEMENTS
+
 IGNORED = -100
 """Target of a position that is not predicted."""
-
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # a CPU core's cache; a GPU's launch overhead against memory
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -92,7 +92,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 def row_chunks(logits: Tensor) -> Iterator[slice]:
     """Runs of rows small enough to be widened to float32 at once."""
-    elements = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS["cuda"])
+    elements = CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cuda"])
     step = max(1, elements // logits.shape[1])
     for start in range(0, len(logits), step):
         yield slice(start, min(start + step, len(logits)))

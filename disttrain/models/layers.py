@@ -15,11 +15,8 @@ from torch import Tensor, nn
 
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import ModelConfig
+from disttrain.costs import UNFUSED_SEQUENCE
 from disttrain.models.dropout import Dropout, Keys, WeightDropout, at_site
-
-UNFUSED_SEQUENCE = 512
-"""Longest sequence, in tokens, for which half-precision attention on a CPU is computed by plain products."""
-
 
 INITIAL_STD = 0.02
 """Standard deviation of initial weights (Radford et al. 2018; Devlin et al. 2019, who truncate it)."""

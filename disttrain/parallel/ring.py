@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from disttrain.costs import TILE_ELEMENTS
 from disttrain.models.dropout import WeightDropout
 from disttrain.parallel.groups import Group
-
-_TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of the scores at a time: a core's cache; launches against memory
 
 
 def ring_attend(
@@ -75,7 +74,7 @@ def _tiles(query: Tensor, source: int, causal: bool, group: Group) -> Iterator[_
         first = count // 2
     if causal and source < group.rank:  # both of ours lie between the foreign ones, and see the first
         last = count // 2
-    elements = _TILE_ELEMENTS.get(query.device.type, _TILE_ELEMENTS["cuda"])
+    elements = TILE_ELEMENTS.get(query.device.type, TILE_ELEMENTS["cuda"])
     step = max(1, elements // (batch * heads * last))
     for start in range(first, count, step):
         end = min(start + step, count)

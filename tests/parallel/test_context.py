@@ -154,7 +154,7 @@ def scores_of(tile: _Tile) -> int:
 
 
 def test_small_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ring._TILE_ELEMENTS, "cpu", BATCH * HEADS * 24)
+    monkeypatch.setitem(ring.TILE_ELEMENTS, "cpu", BATCH * HEADS * 24)
     test_attention_equals_the_whole("ring", 2)
 
 

@@ -13,7 +13,7 @@ N, V = 23, 17
 
 @pytest.fixture(params=[1, 3 * V, 1 << 18], ids=["one row at a time", "three rows", "all rows"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cross_entropy._CHUNK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", request.param)
 
 
 def logits_and_targets(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
