@@ -33,12 +33,17 @@ class Cost(NamedTuple):
 
 def added(*costs: Cost) -> Cost:
     """One after the other."""
-    return Cost(*(sum(parts) for parts in zip(*costs, strict=True)))
+    compute = tensor = context = 0.0
+    for cost in costs:
+        compute += cost.compute
+        tensor += cost.tensor
+        context += cost.context
+    return Cost(compute, tensor, context)
 
 
 def times(cost: Cost, count: float) -> Cost:
     """So many of them."""
-    return Cost(*(count * part for part in cost))
+    return Cost(count * cost.compute, count * cost.tensor, count * cost.context)
 
 
 class Both(NamedTuple):

@@ -1,0 +1,235 @@
+"""The best layouts on so many ranks, and why the others are none. No torch.
+
+For each size of the axes (tensor, pipeline, context) the fastest layout that fits is kept. Memory is compared for every legal
+layout, by tables of what parameters and what activations take. Time is predicted for those that fit, in the order of a bound
+(what their stages compute, and the pipeline's bubble), until the bound is no better than what was found.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from disttrain.config.problems import Problem
+from disttrain.config.schema import Config
+from disttrain.planner import space
+from disttrain.planner.footprint import Sharing, activations
+from disttrain.planner.prediction import Prediction, Predictor
+from disttrain.planner.space import Axes, Cut
+from disttrain.planner.speeds import Speeds
+from disttrain.stages import virtual_stages
+from disttrain.verify.layouts import Layout
+
+
+class Rejection(NamedTuple):
+    """Layouts that were rejected for the same reason."""
+
+    reason: str
+    """One sentence."""
+    count: int
+    nearest: str
+    """The one that is nearest to being legal, or to fitting: its name, or what it would need."""
+
+
+class Plan(NamedTuple):
+    """What a search has found."""
+
+    best: list[Prediction]
+    """The fastest layout of each size of the axes, fastest first."""
+    legal: int
+    """Layouts that `disttrain check` would accept."""
+    fitting: int
+    """Of these: layouts that fit in memory."""
+    timed: int
+    """Of these: layouts whose time was predicted in full; the bound of the others said enough."""
+    illegal: list[Rejection]
+    too_large: list[Rejection]
+    nearest: Layout | None
+    """Of those that do not fit, the one that needs least."""
+
+
+class _Miss(NamedTuple):
+    """A layout that does not fit."""
+
+    needed: float
+    layout: Layout
+
+
+class _Tally:
+    """What a search counts while it goes on."""
+
+    def __init__(self) -> None:
+        self.legal = self.fitting = self.timed = 0
+        self.too_large: dict[int, int] = {}
+        self.misses: dict[int, _Miss] = {}
+        """By ZeRO's stage, the one that needs least."""
+
+
+def search(config: Config, world: int, speeds: Speeds, memory_bytes: float) -> Plan:
+    """The config's vocabulary is resolved; `memory_bytes` is what a rank may use."""
+    predictor, tally = Predictor(config, world, speeds), _Tally()
+    best: list[Prediction] = []
+    illegal: dict[str, list[Axes]] = {}
+    for axes in space.all_axes(world):
+        reason = space.why_not(config, world, axes)
+        if reason:
+            illegal.setdefault(reason, []).append(axes)
+            continue
+        found = _best_of(predictor, axes, memory_bytes, tally)
+        if found is not None:
+            best.append(found)
+    best.sort(key=lambda prediction: prediction.step_seconds)
+    nearest = min(tally.misses.values(), key=lambda miss: miss.needed, default=None)
+    return Plan(
+        best=best,
+        legal=tally.legal,
+        fitting=tally.fitting,
+        timed=tally.timed,
+        illegal=[_illegal(config, world, found) for found in illegal.values()],
+        too_large=[_too_large(predictor, zero, tally, memory_bytes) for zero in sorted(tally.too_large)],
+        nearest=None if nearest is None else nearest.layout,
+    )
+
+
+class _Candidate(NamedTuple):
+    """Choices that a micro-batch's work depends on, and the ZeRO stages with which they fit."""
+
+    bound: float
+    cut: Cut
+    micro_batch: int
+    recompute: str
+    zeros: list[tuple[int, int]]
+
+
+def _best_of(predictor: Predictor, axes: Axes, memory_bytes: float, tally: _Tally) -> Prediction | None:
+    """The fastest layout of these axes that fits."""
+    config, world = predictor.config, predictor.world
+    candidates: list[_Candidate] = []
+    for cut in space.cuts(config, axes):
+        candidates += _fitting(predictor, axes, cut, memory_bytes, tally)
+    candidates.sort(key=lambda candidate: candidate.bound)
+    best: tuple[float, Layout] | None = None
+    for bound, cut, size, recompute, zeros in candidates:
+        if best is not None and bound >= best[0]:
+            break
+        for zero, replicas in zeros:
+            layout = space.layout_of(config, world, axes, cut, zero, replicas, size, recompute)
+            parts, _ = predictor.step(layout)
+            tally.timed += 1
+            seconds = sum(parts)
+            if best is None or seconds < best[0]:
+                best = seconds, layout
+    return None if best is None else predictor.of(best[1])
+
+
+def _fitting(predictor: Predictor, axes: Axes, cut: Cut, memory_bytes: float, tally: _Tally) -> Iterator[_Candidate]:
+    """Those of this cut that are legal and fit, with the bound of their time; the others are counted."""
+    config, world, footprint = predictor.config, predictor.world, predictor.footprint
+    virtual = virtual_stages(cut.schedule, cut.virtual) if axes.pipeline > 1 else 1
+    pipeline, share = (cut.schedule, axes.pipeline, virtual), config.train.global_batch_size // axes.data(world)
+    zeros = list(space.zero_stages(config, world, axes, cut))
+    works = [
+        (size, recompute)
+        for size in space.micro_batch_sizes(config, world, axes)
+        for recompute in space.RECOMPUTE
+        if space.schedule_takes(config, axes, cut, share // size, recompute)
+    ]
+    if not zeros or not works:
+        return
+    needed = _needed(predictor, axes, cut, pipeline, zeros, works)
+    fits = needed <= memory_bytes
+    tally.legal += fits.size
+    tally.fitting += int(fits.sum())
+    _count_misses(predictor, axes, cut, zeros, works, needed, tally, memory_bytes)
+    for at in np.flatnonzero(fits.any(1)):
+        size, recompute = works[at]
+        work = (size, axes.tensor, cut.sequence, axes.context, cut.context_method == "ulysses", recompute)
+        bound = predictor.bound(pipeline, share // size, work)
+        yield _Candidate(bound, cut, size, recompute, [zeros[z] for z in np.flatnonzero(fits[at])])
+
+
+def _needed(
+    predictor: Predictor, axes: Axes, cut: Cut, pipeline: tuple[str, int, int],
+    zeros: list[tuple[int, int]], works: list[tuple[int, str]],
+) -> np.ndarray:  # fmt: skip
+    """Bytes of the worst rank [W, Z] for these micro-batches and recomputation, and these ZeRO stages."""
+    config, world, footprint = predictor.config, predictor.world, predictor.footprint
+    share = config.train.global_batch_size // axes.data(world)
+    like = [space.layout_of(config, world, axes, cut, *zero, 1, "none") for zero in zeros]
+    runtime = np.array([footprint.runtime(layout) for layout in like])
+    own, passing = [], []
+    for size, recompute in works:
+        each = footprint.active(size, axes.tensor, cut.sequence, axes.context, recompute)
+        own.append([activations(*each, held) for held in footprint.holding(*pipeline, share // size)])
+        passing.append(footprint.passing(like[0], size))
+    active = np.array(own).T[:, :, None]
+    several = np.array([share // size > 1 for size, _ in works])
+    needed = np.empty((len(works), len(zeros)))
+    for some in (False, True):
+        rows = several == some
+        if rows.any():
+            state, flat = _states(predictor, axes, pipeline, zeros, some)
+            needed[rows] = (state[:, None, :] + np.maximum(active[:, rows], flat[:, None, :])).max(0)
+    return needed + np.array(passing)[:, None] + runtime
+
+
+def _states(
+    predictor: Predictor, axes: Axes, pipeline: tuple[str, int, int], zeros: list[tuple[int, int]], several: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of every kind of rank [R, Z] beside activations, and of the copies of all gradients, for these ZeRO stages."""
+    ranks = axes.data(predictor.world) * axes.context
+    state, flat = [], []
+    for zero, replicas in zeros:
+        shards = ranks // replicas if zero else 1
+        sharing = Sharing(axes.tensor, zero, shards, ranks // shards, several)
+        kinds = predictor.footprint.state(*pipeline, sharing)
+        state.append([sum(kind[:6]) for kind in kinds])
+        flat.append([kind.flat for kind in kinds])
+    return np.array(state, dtype=float).T, np.array(flat, dtype=float).T
+
+
+def _count_misses(
+    predictor: Predictor, axes: Axes, cut: Cut, zeros: list[tuple[int, int]], works: list[tuple[int, str]],
+    needed: np.ndarray, tally: _Tally, memory_bytes: float,
+) -> None:  # fmt: skip
+    """By ZeRO's stage: how many do not fit, and which of them needs least."""
+    missed = np.where(needed > memory_bytes, needed, np.inf)
+    stages = np.array([zero for zero, _ in zeros])
+    for zero in set(stages):
+        mine = missed[:, stages == zero]
+        count = int(np.isfinite(mine).sum())
+        if not count:
+            continue
+        zero, least = int(zero), float(mine.min())
+        tally.too_large[zero] = tally.too_large.get(zero, 0) + count
+        if zero not in tally.misses or least < tally.misses[zero].needed:
+            work, place = np.unravel_index(int(mine.argmin()), mine.shape)
+            chosen = zeros[int(np.flatnonzero(stages == zero)[place])]
+            layout = space.layout_of(predictor.config, predictor.world, axes, cut, *chosen, *works[int(work)])
+            tally.misses[zero] = _Miss(least, layout)
+
+
+def _illegal(config: Config, world: int, found: list[Axes]) -> Rejection:
+    """In the words of `disttrain check`, of the smallest."""
+    smallest = min(found, key=lambda axes: (axes.tensor * axes.pipeline * axes.context, axes))
+    layout = Layout(world, axes_tensor := smallest.tensor, False, smallest.pipeline, "gpipe", None, smallest.context)
+    problem = next(iter(layout.problems(config)), None)
+    name = f"tensor {axes_tensor}, pipeline {smallest.pipeline}, context {smallest.context}"
+    return Rejection(problem.message if problem else "", len(found), name)
+
+
+def _too_large(predictor: Predictor, zero: int, tally: _Tally, memory_bytes: float) -> Rejection:
+    """What the one that needs least would need."""
+    from disttrain.loggers.readable import size
+
+    layout = tally.misses[zero].layout
+    worst = predictor.footprint.worst(layout)
+    where = f"pipeline rank {worst.stage}" if layout.pipeline > 1 else "a rank"
+    nearest = f"{layout.name}: {where} needs {size(worst.total)} of {size(memory_bytes)}"
+    return Rejection(f"ZeRO {zero} does not fit", tally.too_large[zero], nearest)
+
+
+def problems_of(config: Config, prediction: Prediction) -> list[Problem]:
+    """What `disttrain check` has against a layout: nothing, if `disttrain.planner.space` is right and the config is good."""
+    return replace(prediction.layout, compile=config.run.compile).problems(config)
