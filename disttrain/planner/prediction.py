@@ -16,7 +16,7 @@ from disttrain.planner.composition import Kind, pipelines, virtual_of
 from disttrain.planner.execution import Execution, ours
 from disttrain.planner.footprint import Footprint, RankBytes
 from disttrain.planner.kernels import kernels
-from disttrain.planner.sharing import Groups, Held, shared
+from disttrain.planner.sharing import Groups, Held, Messages, messages, replicated, sharded
 from disttrain.planner.speeds import Speeds
 from disttrain.planner.timeline import Span, Stages, span
 from disttrain.stages import SCHEDULES, layers_of_stages
@@ -85,7 +85,7 @@ class Predictor:
         self.pipelines = pipelines(self._layers)
         self.footprint = Footprint(config, world, speeds, self.precision, self.pipelines)
         self._blocks, self._ends = cache(self._block), cache(self._end)
-        self._costs, self._passes = cache(self._cost), cache(self._pass)
+        self._costs, self._passes, self._sharing = cache(self._cost), cache(self._pass), cache(self._share)
         self._ring = cache(partial(ring, speeds, world))
         self._small = SMALL_MESSAGES * all_reduce(self._ring(world, 1), 64.0)
 
@@ -175,20 +175,25 @@ class Predictor:
         """One stage of one micro-batch."""
         block, cost = self._blocks(*cut), self._costs(kind, cut)
         zero, shards, replicas, tensor, pipeline, count = sharing
-        groups = Groups(
-            self._ring(shards, tensor), self._ring(replicas, tensor * shards), self._ring(shards * replicas, tensor)
-        )
-        each = shared(zero, self.held(kind, tensor), groups, self.kernels, self.execution, count, pipeline,
-                      block.forward.total, block.backward.total)  # fmt: skip
+        held, groups, sent = self._sharing(kind, tensor, shards, replicas)
+        if zero == 0:
+            each = replicated(held, groups, self.kernels, self.execution, pipeline, block.backward.total)
+        else:
+            each = sharded(zero, held, groups, sent, self.kernels, self.execution, count, block.forward.total,
+                           block.backward.total)  # fmt: skip
         converted = work.Cost((each.forward_pass + each.backward_pass) * self._slowed)
         cost, waits = work.added(cost, converted), each.forward_waits + each.backward_waits
         return _Stage(cost, waits, each.once_waits, each.after, cost.total + waits)
 
-    def held(self, kind: Kind, tensor: int) -> Held:
-        """Matrices of a stage on a tensor rank."""
+    def _share(self, kind: Kind, tensor: int, shards: int, replicas: int) -> tuple[Held, Groups, Messages]:
+        """Matrices of a stage on a tensor rank, the ranks that hold the same, and what they send."""
         block, embedding, head = self.footprint.matrices(tensor)
         other = (embedding if kind.first else 0) + (head if kind.last else 0)
-        return Held(kind.layers, block, other - (self.footprint.tied(tensor) if kind.first and kind.last else 0))
+        held = Held(kind.layers, block, other - (self.footprint.tied(tensor) if kind.first and kind.last else 0))
+        groups = Groups(
+            self._ring(shards, tensor), self._ring(replicas, tensor * shards), self._ring(shards * replicas, tensor)
+        )
+        return held, groups, messages(held, groups, self.execution)
 
     def _cut(self, size: int, tensor: int, sequence: bool, context: int, ulysses: bool) -> work.Cut:
         return work.Cut(size, self._ring(tensor, 1), sequence, self._ring(context, tensor), ulysses)

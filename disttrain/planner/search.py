@@ -7,6 +7,7 @@ layout, by tables of what parameters and what activations take. Time is predicte
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +15,11 @@ import numpy as np
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 from disttrain.planner import space
-from disttrain.planner.footprint import Sharing, activations
+from disttrain.planner.footprint import Sharing
 from disttrain.planner.prediction import Prediction, Predictor
 from disttrain.planner.space import Axes, Cut
 from disttrain.planner.speeds import Speeds
-from disttrain.stages import virtual_stages
+from disttrain.stages import SCHEDULES, virtual_stages
 from disttrain.verify.layouts import Layout
 
 
@@ -104,10 +105,10 @@ class _Candidate(NamedTuple):
 
 def _best_of(predictor: Predictor, axes: Axes, memory_bytes: float, tally: _Tally) -> Prediction | None:
     """The fastest layout of these axes that fits."""
-    config, world = predictor.config, predictor.world
+    config, world, tables = predictor.config, predictor.world, _Tables(predictor, axes)
     candidates: list[_Candidate] = []
     for cut in space.cuts(config, axes):
-        candidates += _fitting(predictor, axes, cut, memory_bytes, tally)
+        candidates += _fitting(tables, cut, memory_bytes, tally)
     candidates.sort(key=lambda candidate: candidate.bound)
     best: tuple[float, Layout] | None = None
     for bound, cut, size, recompute, zeros in candidates:
@@ -123,75 +124,95 @@ def _best_of(predictor: Predictor, axes: Axes, memory_bytes: float, tally: _Tall
     return None if best is None else predictor.of(best[1])
 
 
-def _fitting(predictor: Predictor, axes: Axes, cut: Cut, memory_bytes: float, tally: _Tally) -> Iterator[_Candidate]:
+class _Tables:
+    """Bytes of all layouts of some axes: what parameters take, by ZeRO's stage, and what activations take, by micro-batch."""
+
+    def __init__(self, predictor: Predictor, axes: Axes):
+        self.predictor, self.axes = predictor, axes
+        self.config, self.world = predictor.config, predictor.world
+        self.sizes = space.micro_batch_sizes(self.config, self.world, axes)
+        self.share = self.config.train.global_batch_size // axes.data(self.world)
+        self.states, self.runtime, self.works = cache(self._states), cache(self._runtime), cache(self._works)
+
+    def needed(self, cut: Cut, works: list[tuple[int, str]], zeros: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """Bytes of the worst rank [W, Z] for these micro-batches and recomputation, and these ZeRO stages."""
+        footprint, pipeline = self.predictor.footprint, self.pipeline(cut)
+        counts = [self.share // size for size, _ in works]
+        each = self.works(cut.sequence, tuple(works))
+        held = np.array([footprint.holding(*pipeline, count) for count in counts])  # [W, R, 2]: blocks, heads
+        working = np.maximum(each[:, None, 1] * (held[:, :, 0] > 0), each[:, None, 3] * (held[:, :, 1] > 0))
+        active = (each[:, None, 0] * held[:, :, 0] + each[:, None, 2] * held[:, :, 1] + working).T[:, :, None]
+        several = np.array(counts) > 1
+        needed = np.empty((len(works), len(zeros)))
+        for some in (False, True):
+            rows = several == some
+            if rows.any():
+                state, flat = self.states(SCHEDULES[cut.schedule].placement, pipeline[2], zeros, some)
+                needed[rows] = (state[:, None, :] + np.maximum(active[:, rows], flat[:, None, :])).max(0)
+        one = footprint.passing(space.layout_of(self.config, self.world, self.axes, cut, 0, 1, 1, "none"), 1)
+        return needed + one * np.array([[size] for size, _ in works]) + self.runtime(zeros)
+
+    def pipeline(self, cut: Cut) -> tuple[str, int, int]:
+        """Schedule, ranks, stages of each."""
+        ranks = self.axes.pipeline
+        return cut.schedule, ranks, virtual_stages(cut.schedule, cut.virtual) if ranks > 1 else 1
+
+    def _states(
+        self, placement: str, virtual: int, zeros: tuple[tuple[int, int], ...], several: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of every kind of rank [R, Z] beside activations, and of the copies of all gradients."""
+        ranks = self.axes.data(self.world) * self.axes.context
+        schedule = next(name for name, facts in SCHEDULES.items() if facts.placement == placement)
+        state, flat = [], []
+        for zero, replicas in zeros:
+            shards = ranks // replicas if zero else 1
+            sharing = Sharing(self.axes.tensor, zero, shards, ranks // shards, several)
+            kinds = self.predictor.footprint.state(schedule, self.axes.pipeline, virtual, sharing)
+            state.append([sum(kind[:6]) for kind in kinds])
+            flat.append([kind.flat for kind in kinds])
+        return np.array(state, dtype=float).T, np.array(flat, dtype=float).T
+
+    def _runtime(self, zeros: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """[Z]."""
+        cut = Cut(False, "ring", "1f1b", None)
+        layouts = [space.layout_of(self.config, self.world, self.axes, cut, *zero, 1, "none") for zero in zeros]
+        return np.array([self.predictor.footprint.runtime(layout) for layout in layouts])
+
+    def _works(self, sequence: bool, works: tuple[tuple[int, str], ...]) -> np.ndarray:
+        """[W, 4]: saved and working, of a block and of the head."""
+        active = self.predictor.footprint.active
+        found = (active(size, self.axes.tensor, sequence, self.axes.context, recompute) for size, recompute in works)
+        return np.array([[*block, *head] for block, head in found])
+
+
+def _fitting(tables: _Tables, cut: Cut, memory_bytes: float, tally: _Tally) -> Iterator[_Candidate]:
     """Those of this cut that are legal and fit, with the bound of their time; the others are counted."""
-    config, world, footprint = predictor.config, predictor.world, predictor.footprint
-    virtual = virtual_stages(cut.schedule, cut.virtual) if axes.pipeline > 1 else 1
-    pipeline, share = (cut.schedule, axes.pipeline, virtual), config.train.global_batch_size // axes.data(world)
-    zeros = list(space.zero_stages(config, world, axes, cut))
+    config, world, axes = tables.config, tables.world, tables.axes
+    zeros = tuple(space.zero_stages(config, world, axes, cut))
     works = [
         (size, recompute)
-        for size in space.micro_batch_sizes(config, world, axes)
+        for size in tables.sizes
         for recompute in space.RECOMPUTE
-        if space.schedule_takes(config, axes, cut, share // size, recompute)
+        if space.schedule_takes(config, axes, cut, tables.share // size, recompute)
     ]
     if not zeros or not works:
         return
-    needed = _needed(predictor, axes, cut, pipeline, zeros, works)
+    needed = tables.needed(cut, works, zeros)
     fits = needed <= memory_bytes
     tally.legal += fits.size
     tally.fitting += int(fits.sum())
-    _count_misses(predictor, axes, cut, zeros, works, needed, tally, memory_bytes)
+    if not fits.all():
+        _count_misses(tables, cut, works, zeros, needed, tally, memory_bytes)
     for at in np.flatnonzero(fits.any(1)):
         size, recompute = works[at]
         work = (size, axes.tensor, cut.sequence, axes.context, cut.context_method == "ulysses", recompute)
-        bound = predictor.bound(pipeline, share // size, work)
+        bound = tables.predictor.bound(tables.pipeline(cut), tables.share // size, work)
         yield _Candidate(bound, cut, size, recompute, [zeros[z] for z in np.flatnonzero(fits[at])])
 
 
-def _needed(
-    predictor: Predictor, axes: Axes, cut: Cut, pipeline: tuple[str, int, int],
-    zeros: list[tuple[int, int]], works: list[tuple[int, str]],
-) -> np.ndarray:  # fmt: skip
-    """Bytes of the worst rank [W, Z] for these micro-batches and recomputation, and these ZeRO stages."""
-    config, world, footprint = predictor.config, predictor.world, predictor.footprint
-    share = config.train.global_batch_size // axes.data(world)
-    like = [space.layout_of(config, world, axes, cut, *zero, 1, "none") for zero in zeros]
-    runtime = np.array([footprint.runtime(layout) for layout in like])
-    own, passing = [], []
-    for size, recompute in works:
-        each = footprint.active(size, axes.tensor, cut.sequence, axes.context, recompute)
-        own.append([activations(*each, held) for held in footprint.holding(*pipeline, share // size)])
-        passing.append(footprint.passing(like[0], size))
-    active = np.array(own).T[:, :, None]
-    several = np.array([share // size > 1 for size, _ in works])
-    needed = np.empty((len(works), len(zeros)))
-    for some in (False, True):
-        rows = several == some
-        if rows.any():
-            state, flat = _states(predictor, axes, pipeline, zeros, some)
-            needed[rows] = (state[:, None, :] + np.maximum(active[:, rows], flat[:, None, :])).max(0)
-    return needed + np.array(passing)[:, None] + runtime
-
-
-def _states(
-    predictor: Predictor, axes: Axes, pipeline: tuple[str, int, int], zeros: list[tuple[int, int]], several: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of every kind of rank [R, Z] beside activations, and of the copies of all gradients, for these ZeRO stages."""
-    ranks = axes.data(predictor.world) * axes.context
-    state, flat = [], []
-    for zero, replicas in zeros:
-        shards = ranks // replicas if zero else 1
-        sharing = Sharing(axes.tensor, zero, shards, ranks // shards, several)
-        kinds = predictor.footprint.state(*pipeline, sharing)
-        state.append([sum(kind[:6]) for kind in kinds])
-        flat.append([kind.flat for kind in kinds])
-    return np.array(state, dtype=float).T, np.array(flat, dtype=float).T
-
-
 def _count_misses(
-    predictor: Predictor, axes: Axes, cut: Cut, zeros: list[tuple[int, int]], works: list[tuple[int, str]],
-    needed: np.ndarray, tally: _Tally, memory_bytes: float,
+    tables: _Tables, cut: Cut, works: list[tuple[int, str]], zeros: tuple[tuple[int, int], ...], needed: np.ndarray,
+    tally: _Tally, memory_bytes: float,
 ) -> None:  # fmt: skip
     """By ZeRO's stage: how many do not fit, and which of them needs least."""
     missed = np.where(needed > memory_bytes, needed, np.inf)
@@ -206,7 +227,7 @@ def _count_misses(
         if zero not in tally.misses or least < tally.misses[zero].needed:
             work, place = np.unravel_index(int(mine.argmin()), mine.shape)
             chosen = zeros[int(np.flatnonzero(stages == zero)[place])]
-            layout = space.layout_of(predictor.config, predictor.world, axes, cut, *chosen, *works[int(work)])
+            layout = space.layout_of(tables.config, tables.world, tables.axes, cut, *chosen, *works[int(work)])
             tally.misses[zero] = _Miss(least, layout)
 
 
