@@ -19,10 +19,12 @@ def plan(
     ] = "measured",
     gpus_per_host: Annotated[int | None, typer.Option(min=1, help="Ranks of a host; 8, or as measured.")] = None,
     between_gbps: Annotated[
-        float | None, typer.Option(min=0.001, help="Gbit/s of each device between hosts; the vendor's machines' by default.")
+        float | None,
+        typer.Option(min=0.001, help="Gbit/s of each device between hosts; the vendor's machines' by default."),
     ] = None,
     headroom: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the memory to leave, for the allocator's fragments for example.")
+        float,
+        typer.Option(min=0, max=0.9, help="Share of the memory to leave, for the allocator's fragments for example."),
     ] = 0.0,
     top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 10,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: seconds, bytes, shares.")] = False,

@@ -26,8 +26,7 @@ LAYERS: list[set[str]] = [
     {"verify"},
     {"rehearsal"},
     {"planner"},
-    {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands", "checking",
-     "planning"},
+    {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands", "checking", "planning"},
     {"cli", "__main__"},
 ]
 """Module names from the bottom; a module may import what is lower, or its own package."""

@@ -103,9 +103,7 @@ class Footprint:
         for kind, (state, held) in enumerate(zip(states, self.holding(*pipeline, share // micro), strict=True)):
             active = activations(*each, held)
             buffers = state.buffers + passing + max(0.0, state.flat - active)
-            found.append(
-                RankBytes(*state[:4], active, state.feedback, buffers, runtime, of_rank.index(kind))
-            )
+            found.append(RankBytes(*state[:4], active, state.feedback, buffers, runtime, of_rank.index(kind)))
         return found
 
     def runtime(self, layout: Layout) -> float:

@@ -126,12 +126,21 @@ class Predictor:
         """The parts of the step, and the pipeline's schedule."""
         size, count = self._micro_batches(layout)
         shards = layout.data * layout.context // layout.replicate if layout.zero else 1
-        cut = (size, layout.tensor, layout.sequence, layout.context, layout.context_method == "ulysses", layout.recompute)
+        cut = (
+            size,
+            layout.tensor,
+            layout.sequence,
+            layout.context,
+            layout.context_method == "ulysses",
+            layout.recompute,
+        )
         sharing = (layout.zero, shards, layout.data * layout.context // shards, layout.tensor, layout.pipeline, count)
         pipeline = layout.schedule, layout.pipeline, virtual_of(layout)
         found = self.pipelines.of(*pipeline)
         stages = [self._passes(kind, cut, sharing) for kind in found.kinds]
-        schedule = self._schedule(pipeline, count, [stage.seconds for stage in stages], self._hidden_seconds(layout, size))
+        schedule = self._schedule(
+            pipeline, count, [stage.seconds for stage in stages], self._hidden_seconds(layout, size)
+        )
         busiest = max(found.ranks, key=lambda rank: sum(stages[n].seconds for n in rank))
         cost = work.times(work.added(*(stages[n].cost for n in busiest)), count)
         waits = count * sum(stages[n].waits for n in busiest)
@@ -153,7 +162,9 @@ class Predictor:
     def _cost(self, kind: Kind, cut: tuple) -> work.Cost:
         """One micro-batch of one stage, without what data parallelism adds."""
         block = self._blocks(*cut)
-        ends = [self._ends(name, *cut[:-1]) for name, there in (("embedding", kind.first), ("head", kind.last)) if there]
+        ends = [
+            self._ends(name, *cut[:-1]) for name, there in (("embedding", kind.first), ("head", kind.last)) if there
+        ]
         return work.added(
             work.times(block.forward, kind.layers), work.times(block.backward, kind.layers), *map(_both_ways, ends)
         )
@@ -161,9 +172,13 @@ class Predictor:
     def bound(self, pipeline: tuple[str, int, int], micro_batches: int, cut: tuple) -> float:
         """Seconds that a step takes at least, whatever ZeRO's stage: what its stages compute, and the pipeline's bubble."""
         found = self.pipelines.of(*pipeline)
-        return self._schedule(pipeline, micro_batches, [self._costs(kind, cut).total for kind in found.kinds], 0.0).total
+        return self._schedule(
+            pipeline, micro_batches, [self._costs(kind, cut).total for kind in found.kinds], 0.0
+        ).total
 
-    def _schedule(self, pipeline: tuple[str, int, int], micro_batches: int, totals: list[float], message: float) -> Span:
+    def _schedule(
+        self, pipeline: tuple[str, int, int], micro_batches: int, totals: list[float], message: float
+    ) -> Span:
         """Of stages whose kinds take so long."""
         found = self.pipelines.of(*pipeline)
         busiest = max(sum(totals[n] for n in rank) for rank in found.ranks)

@@ -39,15 +39,15 @@ def _head(plan: Plan, config: Config, world: int, speeds: Speeds) -> Text:
     )
 
 
-def _table(title: str, first: str = "layout") -> Table:
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="italic")
+def _table(first: str) -> Table:
+    table = Table(box=None, pad_edge=False)
     table.add_column("", justify="right")
     table.add_column(first, no_wrap=True)
     return table
 
 
-def _steps(best: list[Prediction]) -> Table:
-    table = _table("the fastest layout of every size of the axes")
+def _steps(best: list[Prediction]) -> Group:
+    table = _table("layout")
     for name in ("step", "tokens/s", "MFU full", "MFU causal", "HFU", "bubble", "waiting"):
         table.add_column(name, justify="right", no_wrap=True)
     for place, one in enumerate(best, start=1):
@@ -56,20 +56,20 @@ def _steps(best: list[Prediction]) -> Table:
             percent(one.mfu_full), percent(one.mfu_causal), percent(one.hfu), percent(one.bubble_fraction),
             percent(one.exposed_seconds / one.step_seconds),
         )  # fmt: skip
-    return table
+    return _titled("the fastest layout of every size of the axes; waiting: for messages that nothing hides", table)
 
 
-def _times(best: list[Prediction]) -> Table:
-    table = _table("where a step goes, per cent; tensor to pipeline: waiting for messages of that axis", "")
+def _times(best: list[Prediction]) -> Group:
+    table = _table("")
     for name in TIMES:
         table.add_column(name, justify="right")
     for place, one in enumerate(best, start=1):
         table.add_row(str(place), "", *(f"{100 * part / one.step_seconds:.1f}" for part in one.parts))
-    return table
+    return _titled("where a step goes, per cent; tensor to pipeline: waiting for messages of that axis", table)
 
 
-def _memory(best: list[Prediction], memory_bytes: float) -> Table:
-    table = _table(f"memory of the worst rank, GiB of {memory_bytes / GIB:.1f}", "stage")
+def _memory(best: list[Prediction], memory_bytes: float) -> Group:
+    table = _table("stage")
     used = [name for name in BYTES if any(getattr(one.memory, name) for one in best)]
     for name in used:
         table.add_column(name, justify="right")
@@ -78,7 +78,11 @@ def _memory(best: list[Prediction], memory_bytes: float) -> Table:
         cells = [f"{getattr(one.memory, name) / GIB:.2f}" for name in used]
         stage = str(one.memory.stage) if one.layout.pipeline > 1 else "-"
         table.add_row(str(place), stage, *cells, f"{one.memory.total / GIB:.2f}")
-    return table
+    return _titled(f"memory of the worst rank, GiB of {memory_bytes / GIB:.1f}; stage: its pipeline rank", table)
+
+
+def _titled(title: str, table: Table) -> Group:
+    return Group(Text(title, style="italic"), table)
 
 
 def _rejected(plan: Plan) -> Iterator[Text]:
@@ -185,7 +189,7 @@ def nothing_fits(plan: Plan, memory_bytes: float, enough: int | None, world: int
     """What to say where no layout fits."""
     yield f"no layout fits: {plan.legal:,} are legal, and each needs more than {size(memory_bytes)} on some rank"
     for rejection in plan.too_large:
-        yield f"  nearest with {rejection.reason.removesuffix(' does not fit')}: {rejection.nearest}"
+        yield f"  nearest of {rejection.count:,} {rejection.reason.removesuffix(' do not fit')}: {rejection.nearest}"
     helps = "parallel.offload=true keeps ZeRO's share in host memory, which is not planned for"
     if enough is not None:
         helps = f"{enough:,} ranks would do; {helps}"

@@ -6,15 +6,15 @@ layout, by tables of what parameters and what activations take. Time is predicte
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
+from disttrain.loggers.readable import size
 from disttrain.planner import space
+from disttrain.planner.execution import Execution
 from disttrain.planner.footprint import Sharing
 from disttrain.planner.prediction import Prediction, Predictor
 from disttrain.planner.space import Axes, Cut
@@ -67,9 +67,10 @@ class _Tally:
         """By ZeRO's stage, the one that needs least."""
 
 
-def search(config: Config, world: int, speeds: Speeds, memory_bytes: float) -> Plan:
-    """The config's vocabulary is resolved; `memory_bytes` is what a rank may use."""
-    predictor, tally = Predictor(config, world, speeds), _Tally()
+def search(config: Config, world: int, speeds: Speeds, memory_bytes: float, execution: Execution | None = None) -> Plan:
+    """The config's vocabulary is resolved; `memory_bytes` is what a rank may use. Another code than this one has its own
+    `execution`."""
+    predictor, tally = Predictor(config, world, speeds, execution), _Tally()
     best: list[Prediction] = []
     illegal: dict[str, list[Axes]] = {}
     for axes in space.all_axes(world):
@@ -111,11 +112,11 @@ def _best_of(predictor: Predictor, axes: Axes, memory_bytes: float, tally: _Tall
         candidates += _fitting(tables, cut, memory_bytes, tally)
     candidates.sort(key=lambda candidate: candidate.bound)
     best: tuple[float, Layout] | None = None
-    for bound, cut, size, recompute, zeros in candidates:
+    for bound, cut, sequences, recompute, zeros in candidates:
         if best is not None and bound >= best[0]:
             break
         for zero, replicas in zeros:
-            layout = space.layout_of(config, world, axes, cut, zero, replicas, size, recompute)
+            layout = space.layout_of(config, world, axes, cut, zero, replicas, sequences, recompute)
             parts, _ = predictor.step(layout)
             tally.timed += 1
             seconds = sum(parts)
@@ -137,7 +138,7 @@ class _Tables:
     def needed(self, cut: Cut, works: list[tuple[int, str]], zeros: tuple[tuple[int, int], ...]) -> np.ndarray:
         """Bytes of the worst rank [W, Z] for these micro-batches and recomputation, and these ZeRO stages."""
         footprint, pipeline = self.predictor.footprint, self.pipeline(cut)
-        counts = [self.share // size for size, _ in works]
+        counts = [self.share // sequences for sequences, _ in works]
         each = self.works(cut.sequence, tuple(works))
         held = np.array([footprint.holding(*pipeline, count) for count in counts])  # [W, R, 2]: blocks, heads
         working = np.maximum(each[:, None, 1] * (held[:, :, 0] > 0), each[:, None, 3] * (held[:, :, 1] > 0))
@@ -150,7 +151,7 @@ class _Tables:
                 state, flat = self.states(SCHEDULES[cut.schedule].placement, pipeline[2], zeros, some)
                 needed[rows] = (state[:, None, :] + np.maximum(active[:, rows], flat[:, None, :])).max(0)
         one = footprint.passing(space.layout_of(self.config, self.world, self.axes, cut, 0, 1, 1, "none"), 1)
-        return needed + one * np.array([[size] for size, _ in works]) + self.runtime(zeros)
+        return needed + one * np.array([[sequences] for sequences, _ in works]) + self.runtime(zeros)
 
     def pipeline(self, cut: Cut) -> tuple[str, int, int]:
         """Schedule, ranks, stages of each."""
@@ -181,7 +182,7 @@ class _Tables:
     def _works(self, sequence: bool, works: tuple[tuple[int, str], ...]) -> np.ndarray:
         """[W, 4]: saved and working, of a block and of the head."""
         active = self.predictor.footprint.active
-        found = (active(size, self.axes.tensor, sequence, self.axes.context, recompute) for size, recompute in works)
+        found = (active(n, self.axes.tensor, sequence, self.axes.context, recompute) for n, recompute in works)
         return np.array([[*block, *head] for block, head in found])
 
 
@@ -190,10 +191,10 @@ def _fitting(tables: _Tables, cut: Cut, memory_bytes: float, tally: _Tally) -> I
     config, world, axes = tables.config, tables.world, tables.axes
     zeros = tuple(space.zero_stages(config, world, axes, cut))
     works = [
-        (size, recompute)
-        for size in tables.sizes
+        (sequences, recompute)
+        for sequences in tables.sizes
         for recompute in space.RECOMPUTE
-        if space.schedule_takes(config, axes, cut, tables.share // size, recompute)
+        if space.schedule_takes(config, axes, cut, tables.share // sequences, recompute)
     ]
     if not zeros or not works:
         return
@@ -204,10 +205,10 @@ def _fitting(tables: _Tables, cut: Cut, memory_bytes: float, tally: _Tally) -> I
     if not fits.all():
         _count_misses(tables, cut, works, zeros, needed, tally, memory_bytes)
     for at in np.flatnonzero(fits.any(1)):
-        size, recompute = works[at]
-        work = (size, axes.tensor, cut.sequence, axes.context, cut.context_method == "ulysses", recompute)
-        bound = tables.predictor.bound(tables.pipeline(cut), tables.share // size, work)
-        yield _Candidate(bound, cut, size, recompute, [zeros[z] for z in np.flatnonzero(fits[at])])
+        sequences, recompute = works[at]
+        work = (sequences, axes.tensor, cut.sequence, axes.context, cut.context_method == "ulysses", recompute)
+        bound = tables.predictor.bound(tables.pipeline(cut), tables.share // sequences, work)
+        yield _Candidate(bound, cut, sequences, recompute, [zeros[z] for z in np.flatnonzero(fits[at])])
 
 
 def _count_misses(
@@ -234,23 +235,16 @@ def _count_misses(
 def _illegal(config: Config, world: int, found: list[Axes]) -> Rejection:
     """In the words of `disttrain check`, of the smallest."""
     smallest = min(found, key=lambda axes: (axes.tensor * axes.pipeline * axes.context, axes))
-    layout = Layout(world, axes_tensor := smallest.tensor, False, smallest.pipeline, "gpipe", None, smallest.context)
+    layout = Layout(world, smallest.tensor, False, smallest.pipeline, "gpipe", None, smallest.context)
     problem = next(iter(layout.problems(config)), None)
-    name = f"tensor {axes_tensor}, pipeline {smallest.pipeline}, context {smallest.context}"
+    name = f"tensor {smallest.tensor}, pipeline {smallest.pipeline}, context {smallest.context}"
     return Rejection(problem.message if problem else "", len(found), name)
 
 
 def _too_large(predictor: Predictor, zero: int, tally: _Tally, memory_bytes: float) -> Rejection:
     """What the one that needs least would need."""
-    from disttrain.loggers.readable import size
-
     layout = tally.misses[zero].layout
     worst = predictor.footprint.worst(layout)
     where = f"pipeline rank {worst.stage}" if layout.pipeline > 1 else "a rank"
     nearest = f"{layout.name}: {where} needs {size(worst.total)} of {size(memory_bytes)}"
-    return Rejection(f"ZeRO {zero} does not fit", tally.too_large[zero], nearest)
-
-
-def problems_of(config: Config, prediction: Prediction) -> list[Problem]:
-    """What `disttrain check` has against a layout: nothing, if `disttrain.planner.space` is right and the config is good."""
-    return replace(prediction.layout, compile=config.run.compile).problems(config)
+    return Rejection(f"layouts with ZeRO {zero} do not fit", tally.too_large[zero], nearest)

@@ -160,4 +160,3 @@ def layouts(config: Config, world: int) -> Iterator[Layout]:
                     for recompute in RECOMPUTE:
                         if schedule_takes(config, axes, cut, count, recompute):
                             yield layout_of(config, world, axes, cut, zero, replicas, size, recompute)
-

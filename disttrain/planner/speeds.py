@@ -89,6 +89,8 @@ class Speeds(NamedTuple):
     """Held by the device's runtime before the first tensor."""
     group_bytes: float = 0.0
     """Held by the communication library for every group of ranks."""
+    collective_share: float = 0.0
+    """Of an accelerator's processors that a collective keeps busy, so that what is computed beside it is slower."""
     notes: tuple[str, ...] = ()
     """What of this is assumed, for the reader of a plan."""
 
@@ -112,7 +114,9 @@ def read(path: Path) -> Speeds:
         raise RefusedInput([Problem((f"--device {path}",), "there is no such file", fix)]) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RefusedInput([Problem((f"--device {path}",), f"it does not hold measured speeds: {reason}", fix)]) from None
+        raise RefusedInput(
+            [Problem((f"--device {path}",), f"it does not hold measured speeds: {reason}", fix)]
+        ) from None
 
 
 def _made(values: dict[str, Any]) -> Speeds:

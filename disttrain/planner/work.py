@@ -11,7 +11,7 @@ from disttrain.config.presets import shape_of
 from disttrain.config.schema import Config
 from disttrain.planner import attention
 from disttrain.planner.collectives import Ring, all_gather, all_reduce, exposed, reduce_scatter
-from disttrain.planner.execution import MASK_BYTES, Execution
+from disttrain.planner.execution import Execution
 from disttrain.planner.kernels import Kernels
 
 FORWARD_OPERATORS, BACKWARD_OPERATORS = 26, 44
@@ -161,7 +161,7 @@ def _passes(config: Config, cut: Cut, execution: Execution, tokens: int) -> tupl
     rows = 0 if t == 1 else 2 * 2 * c * h * between
     dropped = 0.0
     if config.model.dropout:
-        dropped = 2 * (MASK_BYTES + 1 + 4 * c) * h * between
+        dropped = 2 * (execution.mask_bytes + 1 + 4 * c) * h * between
     forward = 2 * there * h * between + (2 * c * h + 2 * c * f) / t * tokens + rows + dropped
     biases = c * (3 * h + f) / t * tokens + 2 * c * h * between
     backward = 2 * back * h * between + (8 * c * h + 3 * c * f) / t * tokens + biases
@@ -178,7 +178,7 @@ def embedding(config: Config, cut: Cut, kernels: Kernels, execution: Execution) 
     if config.model.family == "bert":
         there += 2 * w * h * tokens
     if config.model.dropout:
-        there += (MASK_BYTES + 1 + 4 * w) * h * tokens
+        there += (execution.mask_bytes + 1 + 4 * w) * h * tokens
     back = tables * 3 * w * h * tokens + w * h * shape.vocab_size / t
     summed = all_reduce(cut.tensor, w * h * tokens)
     gathered = all_gather(cut.tensor, w * h * tokens) if cut.sequence else 0.0
