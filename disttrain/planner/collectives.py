@@ -109,7 +109,8 @@ def send(group: Ring, message_bytes: float) -> float:
 
 
 def exposed(group: Ring, communication: float, computation: float) -> float:
-    """What a communication adds to a computation that runs beside it: what is left of it, and what it takes of the device."""
+    """What a communication adds to a computation that runs beside it: what is left of it, and what it takes of the
+    device."""
     if not group.hidden:
         return communication
     return max(0.0, communication - computation) + group.taken * min(communication, computation)

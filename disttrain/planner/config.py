@@ -22,8 +22,8 @@ MOST_TIMES = 4096
 
 
 def plannable(config: Config) -> Config:
-    """The config with its vocabulary as far as it is known, as one rank's. Raises RefusedInput with what the planner does not
-    know about."""
+    """The config with its vocabulary as far as it is known, as one rank's. Raises RefusedInput with what the planner
+    does not know about."""
     problems = []
     if config.model.source is not None:
         problems.append(Problem((setting(config, "model.source"),), "nothing is known of the operators of your own model",

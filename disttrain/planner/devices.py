@@ -10,8 +10,7 @@ Nothing here is taken from a training run, and nothing was chosen by what the pl
 - inside a host: a ring over 8 H200 reaches 367.6 of 450 GB/s (Bekman, ibid., network); 3.4 us a step over NVLink, 5.7 us
   over PCIe, 9.6 us between hosts (NCCL, src/graph/tuning.cc, Ring/Simple);
 - between hosts: 46 to 48 GB/s of a 400 Gbit/s adapter (NVIDIA/nccl-tests, issue 290);
-- a collective keeps 16 processors busy, one a channel: what NCCL takes at most on machines without NVLink SHARP; up to 32 are
-  reported (NVIDIA/nccl, issue 1685). An assumption;
+- a collective keeps 16 processors busy, one a channel. An assumption: up to 32 are seen (NVIDIA/nccl, issue 1685);
 - kept by CUDA: about 300 MB (pytorch/pytorch, issue 107667); by NCCL: 688 MiB for a group (NVIDIA/nccl, issue 964).
 """
 

@@ -74,7 +74,8 @@ class Footprint:
     """Of layouts of one config on one number of ranks."""
 
     def __init__(self, config: Config, world: int, speeds: Speeds, precision: Precision, pipelines: Pipelines):
-        self.config, self.world, self.speeds, self.precision = config, world, speeds, precision
+        self.config, self.world, self.speeds = config, world, speeds
+        self.precision: Precision = precision
         self.pipelines = pipelines
         self._each = costs.state_bytes_per_parameter(precision)
         self._narrow = self._each.compute_copy or self._each.weight
@@ -159,8 +160,9 @@ class Footprint:
         return tuple(ranks)
 
     def _of_kind(self, kind: Kind, sharing: Sharing, pipeline: int) -> "_State":
-        """As `memory.zero_bytes`, and ZeRO's buffers: the flat tensor that a block is gathered in, its gradients, and what of
-        them is scattered; the gradients of embedding and head are complete only at the end of a backward pass."""
+        """As `memory.zero_bytes`, and ZeRO's buffers: the flat tensor that a block is gathered in, its gradients, and
+        what of them is scattered; the gradients of embedding and head are complete only at the end of a backward
+        pass."""
         tensor, zero, shards, replicas, accumulates = sharing
         each, count = self._each, self.count(kind, tensor, shards)
         feedback = self._residuals(kind, sharing)
@@ -216,8 +218,8 @@ class Footprint:
         return tuple(holds[at] for at in range(len(found.ranks)))
 
     def passing(self, layout: Layout, micro: int) -> float:
-        """Bytes of gathered positions (sequence parallelism), of keys and values that come and go (ring), and of what is sent
-        and received between stages."""
+        """Bytes of gathered positions (sequence parallelism), of keys and values that come and go (ring), and of what
+        is sent and received between stages."""
         hidden = micro * self.config.data.sequence_length // layout.context * self.config.model.hidden_size
         found = self._narrow * hidden if layout.sequence else 0
         if layout.context > 1 and layout.context_method == "ring":

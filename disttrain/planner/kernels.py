@@ -39,9 +39,9 @@ class Kernels(NamedTuple):
 def kernels(speeds: Speeds) -> Kernels:
     """Of this device.
 
-    A product that was not measured takes what its tiles do, or what reading its operands does, if that is longer, and then
-    what writing its result does: a tile of the largest size takes all registers of a processor, so that none multiplies while
-    it writes. Products with a short sum are slower for that, as the best ones measured have long sums.
+    A product that was not measured takes what its tiles do, or what reading its operands does, if that is longer, and
+    then what writing its result does: a tile of the largest size takes all registers of a processor, so that none
+    multiplies while it writes. Products with a short sum are slower for that, as the best ones measured have long sums.
     """
     item = {"fp64": 8, "fp32": 4}.get(speeds.precision, 2)
 

@@ -23,8 +23,8 @@ from disttrain.stages import SCHEDULES, layers_of_stages
 from disttrain.verify.layouts import Layout
 
 ADAMW_BYTES, FOREACH_BYTES, LAMB_BYTES = 28, 88, 120
-"""Moved for each element that a rank updates, in fp32: torch's fused kernel reads weight, gradient and moments and writes all
-but the gradient; foreach kernels go over them in turn."""
+"""Moved for each element that a rank updates, in fp32: torch's fused kernel reads weight, gradient and moments and
+writes all but the gradient; foreach kernels go over them in turn."""
 SMALL_MESSAGES = 3
 """All-reduces of a few numbers over the world: targets, losses, the gradient's norm."""
 

@@ -33,8 +33,8 @@ def _head(plan: Plan, config: Config, world: int, speeds: Speeds) -> Text:
     name = model.preset or model.family
     parameters = count(costs.parameter_count(model).total)
     return Text(
-        f"{name}, {parameters} parameters, on {world:,} x {speeds.device} in {speeds.precision}: {train.global_batch_size:,} "
-        f"sequences of {data.sequence_length:,} tokens a step\n{plan.legal:,} legal layouts, {plan.fitting:,} of them fit; "
+        f"{name}, {parameters} parameters, on {world:,} x {speeds.device} in {speeds.precision}: "
+        f"{train.global_batch_size:,} sequences of {data.sequence_length:,} tokens a step\n{plan.legal:,} legal layouts, {plan.fitting:,} of them fit; "
         f"{plan.timed:,} timed, the others are slower by a bound"
     )
 

@@ -1,8 +1,8 @@
 """The best layouts on so many ranks, and why the others are none. No torch.
 
-For each size of the axes (tensor, pipeline, context) the fastest layout that fits is kept. Memory is compared for every legal
-layout, by tables of what parameters and what activations take. Time is predicted for those that fit, in the order of a bound
-(what their stages compute, and the pipeline's bubble), until the bound is no better than what was found.
+For each size of the axes (tensor, pipeline, context) the fastest layout that fits is kept. Memory is compared for every
+legal layout, by tables of what parameters and what activations take. Time is predicted for those that fit, in the order
+of a bound (what their stages compute, and the pipeline's bubble), until the bound is no better than what was found.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from disttrain.config.schema import Config
-from disttrain.loggers.readable import size
+from disttrain.loggers.readable import GIB
 from disttrain.planner import space
 from disttrain.planner.execution import Execution
 from disttrain.planner.footprint import Sharing
@@ -126,7 +126,8 @@ def _best_of(predictor: Predictor, axes: Axes, memory_bytes: float, tally: _Tall
 
 
 class _Tables:
-    """Bytes of all layouts of some axes: what parameters take, by ZeRO's stage, and what activations take, by micro-batch."""
+    """Bytes of all layouts of some axes: what parameters take, by ZeRO's stage, and what activations take, by
+    micro-batch."""
 
     def __init__(self, predictor: Predictor, axes: Axes):
         self.predictor, self.axes = predictor, axes
@@ -246,5 +247,5 @@ def _too_large(predictor: Predictor, zero: int, tally: _Tally, memory_bytes: flo
     layout = tally.misses[zero].layout
     worst = predictor.footprint.worst(layout)
     where = f"pipeline rank {worst.stage}" if layout.pipeline > 1 else "a rank"
-    nearest = f"{layout.name}: {where} needs {size(worst.total)} of {size(memory_bytes)}"
+    nearest = f"{layout.name}: {where} needs {worst.total / GIB:.1f} GiB of {memory_bytes / GIB:.1f}"
     return Rejection(f"layouts with ZeRO {zero} do not fit", tally.too_large[zero], nearest)

@@ -1,4 +1,5 @@
-"""Seconds of data parallelism: gradients summed by DDP or after a pipeline, weights gathered and gradients scattered by ZeRO.
+"""Seconds of data parallelism: gradients summed by DDP or after a pipeline, weights gathered and gradients scattered by
+ZeRO.
 
 As `disttrain.parallel.data` and `parallel.gradients` do it. No torch. Letters: e elements of a block's matrices on a rank, R
 those of what is no block (embedding, head) on its stage, L its blocks, M micro-batches; f and b seconds of a block's forward
@@ -116,8 +117,9 @@ def _in_turn(group: Ring, message: float, computation: float, count: int) -> flo
 def replicated(
     held: Held, groups: Groups, kernels: Kernels, execution: Execution, pipeline: int, backward: float
 ) -> Shared:
-    """One stage without ZeRO. DDP sums buckets from the end of the model on, while the last micro-batch's backward pass goes on: all but the last
-    bucket may hide behind it. In a pipeline they are summed when the schedule is done, through flat copies."""
+    """One stage without ZeRO. DDP sums buckets from the end of the model on, while the last micro-batch's backward pass
+    goes on: all but the last bucket may hide behind it. In a pipeline they are summed when the schedule is done,
+    through flat copies."""
     total = execution.master * held.elements
     converted = kernels.passes(execution.cast_bytes * held.elements)
     gradients = kernels.passes(execution.gradient_bytes * held.elements)

@@ -1,7 +1,7 @@
 """Which layouts there are, and which of them are legal, without making each of them. No torch.
 
-The rules are those of `disttrain.layout.problems`, which says them to a person and has the last word: whatever is recommended
-is given to it, and a test holds both to each other over a whole small space.
+The rules are those of `disttrain.layout.problems`, which says them to a person and has the last word: whatever is
+recommended is given to it, and a test holds both to each other over a whole small space.
 """
 
 from collections.abc import Iterator

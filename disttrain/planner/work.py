@@ -144,10 +144,11 @@ def _backward_tensor(cut: Cut, messages: _Messages, inputs: list[float], weights
 def _passes(config: Config, cut: Cut, execution: Execution, tokens: int) -> tuple[float, float]:
     """Bytes that a block's elementwise operators and norms move, forward and backward; attention's are in `attention`.
 
-    Forward, twice each: norm 2 r, cast r + c, sum with the residual stream 2 r + c, of the H features of a token (1 / t of
-    the tokens with sequence parallelism); copy of the heads' output 2 c H / t; GELU 2 c F / t; the bias of a row layer 2 c H.
-    Backward: cast of the branch's gradient r + c, and back c + r, norm 5 r, sum of the two branches 3 r; biases c of what
-    they are added to; heads 8 c H / t; GELU 3 c F / t. Fused: norm, cast and sum are one pass of 2 r + 2 c, 3 r + 2 c back.
+    Forward, twice each: norm 2 r, cast r + c, sum with the residual stream 2 r + c, of the H features of a token (1 / t
+    of the tokens with sequence parallelism); copy of the heads' output 2 c H / t; GELU 2 c F / t; the bias of a row
+    layer 2 c H. Backward: cast of the branch's gradient r + c, and back c + r, norm 5 r, sum of the two branches 3 r;
+    biases c of what they are added to; heads 8 c H / t; GELU 3 c F / t. Fused: norm, cast and sum are one pass of 2 r +
+    2 c, 3 r + 2 c back.
     """
     shape, t = shape_of(config.model), cut.tensor.ranks
     h, f = shape.hidden_size, shape.ffn_hidden_size
