@@ -43,7 +43,7 @@ def plan(
     speeds = planning.speeds_for(settings, device, gpus, gpus_per_host, between_gbps)
     planning.refuse_hopeless(settings, gpus)
     limit = speeds.memory_bytes * (1 - headroom)
-    found = search(settings, gpus, speeds, limit)
+    found = search(settings, gpus, speeds, limit, keep=top)
     if json:
         typer.echo(json_text.dumps(report.as_values(found, settings, gpus, speeds, limit, top), indent=2))
     else:

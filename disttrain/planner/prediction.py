@@ -86,6 +86,7 @@ class Predictor:
         self.footprint = Footprint(config, world, speeds, self.precision, self.pipelines)
         self._blocks, self._ends = cache(self._block), cache(self._end)
         self._costs, self._passes, self._sharing = cache(self._cost), cache(self._pass), cache(self._share)
+        self._converted = cache(self._convert)
         self._ring = cache(partial(ring, speeds, world))
         self._small = SMALL_MESSAGES * all_reduce(self._ring(world, 1), 64.0)
 
@@ -170,11 +171,17 @@ class Predictor:
         )
 
     def bound(self, pipeline: tuple[str, int, int], micro_batches: int, cut: tuple) -> float:
-        """Seconds that a step takes at least, whatever ZeRO's stage: what its stages compute, and the pipeline's bubble."""
-        found = self.pipelines.of(*pipeline)
-        return self._schedule(
-            pipeline, micro_batches, [self._costs(kind, cut).total for kind in found.kinds], 0.0
-        ).total
+        """Seconds that a step takes at least, whatever ZeRO's stage: what its stages compute, the least that gradients
+        cost there, and the pipeline's bubble."""
+        kinds, tensor = self.pipelines.of(*pipeline).kinds, cut[1]
+        totals = [self._costs(kind, cut).total + self._converted(kind, tensor) for kind in kinds]
+        return self._schedule(pipeline, micro_batches, totals, 0.0).total
+
+    def _convert(self, kind: Kind, tensor: int) -> float:
+        """Seconds that gradients of a stage's matrices cost beside their products, at least, for a micro-batch."""
+        habits = self.execution
+        least = min(habits.gradient_bytes + habits.cast_bytes, habits.narrow + habits.master)
+        return self.kernels.passes(least * self._sharing(kind, tensor, 1, 1)[0].elements) * self._slowed
 
     def _schedule(
         self, pipeline: tuple[str, int, int], micro_batches: int, totals: list[float], message: float

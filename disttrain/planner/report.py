@@ -34,7 +34,8 @@ def _head(plan: Plan, config: Config, world: int, speeds: Speeds) -> Text:
     parameters = count(costs.parameter_count(model).total)
     return Text(
         f"{name}, {parameters} parameters, on {world:,} x {speeds.device} in {speeds.precision}: "
-        f"{train.global_batch_size:,} sequences of {data.sequence_length:,} tokens a step\n{plan.legal:,} legal layouts, {plan.fitting:,} of them fit; "
+        f"{train.global_batch_size:,} sequences of {data.sequence_length:,} tokens a step\n"
+        f"{plan.legal:,} legal layouts, {plan.fitting:,} of them fit; "
         f"{plan.timed:,} timed, the others are slower by a bound"
     )
 

@@ -5,6 +5,8 @@ legal layout, by tables of what parameters and what activations take. Time is pr
 of a bound (what their stages compute, and the pipeline's bubble), until the bound is no better than what was found.
 """
 
+import math
+from bisect import insort
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
@@ -37,7 +39,7 @@ class Plan(NamedTuple):
     """What a search has found."""
 
     best: list[Prediction]
-    """The fastest layout of each size of the axes, fastest first."""
+    """The fastest layout of each size of the axes, fastest first; all, or the first few that were asked for."""
     legal: int
     """Layouts that `disttrain check` would accept."""
     fitting: int
@@ -78,10 +80,10 @@ def search(config: Config, world: int, speeds: Speeds, memory_bytes: float, exec
         if reason:
             illegal.setdefault(reason, []).append(axes)
             continue
-        found = _best_of(predictor, axes, memory_bytes, tally)
+        limit = best[keep - 1].step_seconds if keep and len(best) >= keep else math.inf
+        found = _best_of(predictor, axes, memory_bytes, limit, tally)
         if found is not None:
-            best.append(found)
-    best.sort(key=lambda prediction: prediction.step_seconds)
+            insort(best, found, key=lambda prediction: prediction.step_seconds)
     nearest = min(tally.misses.values(), key=lambda miss: miss.needed, default=None)
     return Plan(
         best=best,
@@ -104,8 +106,8 @@ class _Candidate(NamedTuple):
     zeros: list[tuple[int, int]]
 
 
-def _best_of(predictor: Predictor, axes: Axes, memory_bytes: float, tally: _Tally) -> Prediction | None:
-    """The fastest layout of these axes that fits."""
+def _best_of(predictor: Predictor, axes: Axes, memory_bytes: float, limit: float, tally: _Tally) -> Prediction | None:
+    """The fastest layout of these axes that fits; None where there is none, or none that may be faster than `limit`."""
     config, world, tables = predictor.config, predictor.world, _Tables(predictor, axes)
     candidates: list[_Candidate] = []
     for cut in space.cuts(config, axes):
@@ -113,7 +115,7 @@ def _best_of(predictor: Predictor, axes: Axes, memory_bytes: float, tally: _Tall
     candidates.sort(key=lambda candidate: candidate.bound)
     best: tuple[float, Layout] | None = None
     for bound, cut, sequences, recompute, zeros in candidates:
-        if best is not None and bound >= best[0]:
+        if bound >= (limit if best is None else min(limit, best[0])):
             break
         for zero, replicas in zeros:
             layout = space.layout_of(config, world, axes, cut, zero, replicas, sequences, recompute)
