@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import Config
 from disttrain.planner.collectives import all_to_all, exposed, send
-from disttrain.planner.execution import MASK_BYTES, Execution
+from disttrain.planner.execution import Execution
 from disttrain.planner.kernels import Kernels
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _whole(config: Config, length: int, heads: int, kernels: Kernels, execution:
     size, causal, c = shape.hidden_size // shape.heads, config.model.family == "gpt", execution.narrow
     plain = not kernels.speeds.accelerator and c == 2 and length <= UNFUSED_SEQUENCE
     if not execution.fused_attention or plain:
-        return _plain(config, length, size, heads, kernels, c)
+        return _plain(config, length, size, heads, kernels, execution)
     pairs = length * (length + 1) / 2 if causal else length**2
     if kernels.speeds.attention:
         forward, backward = kernels.attention(length, size)
@@ -63,15 +63,13 @@ def _whole(config: Config, length: int, heads: int, kernels: Kernels, execution:
     )
 
 
-def _plain(config: Config, length: int, size: int, heads: int, kernels: Kernels, c: int) -> Looked:
+def _plain(config: Config, length: int, size: int, heads: int, kernels: Kernels, execution: Execution) -> Looked:
     """Scores in memory, the whole square of them: product with bias 2 c E, softmax 2 c E and 3 c E back, and dropout's."""
-    scores, dropout = heads * length**2, config.model.dropout > 0
+    c, scores, dropout = execution.narrow, heads * length**2, config.model.dropout > 0
     product, other = kernels.product(length, length, size, heads), kernels.product(length, size, length, heads)
-    there = 4 * c + (MASK_BYTES + 1 + 4 * c if dropout else 0)
+    there = 4 * c + (execution.mask_bytes + 1 + 4 * c if dropout else 0)
     back = 3 * c + (1 + 4 * c if dropout else 0)
-    return Looked(
-        product + other + kernels.passes(there * scores), product + 3 * other + kernels.passes(back * scores)
-    )
+    return Looked(product + other + kernels.passes(there * scores), product + 3 * other + kernels.passes(back * scores))
 
 
 def _ring(config: Config, cut: "Cut", heads: int, kernels: Kernels, execution: Execution) -> Looked:
@@ -83,7 +81,7 @@ def _ring(config: Config, cut: "Cut", heads: int, kernels: Kernels, execution: E
     wide, count = max(4, c), cut.micro_batch * heads
     seen = own // 2 if config.model.family == "gpt" else own
     scores = count * own * seen
-    extra = MASK_BYTES + 3 * wide if config.model.dropout else 0
+    extra = execution.mask_bytes + 3 * wide if config.model.dropout else 0
     product, other = kernels.product(own, seen, size, count), kernels.product(own, size, seen, count)
     there = product + other + kernels.passes((8 * wide + 2 * c + extra) * scores)
     back = 2 * product + 3 * other + kernels.passes((16 * wide + 5 * c + 2 * extra) * scores)

@@ -22,6 +22,8 @@ class Ring(NamedTuple):
     inside: Link
     between: Link
     accelerator: bool
+    taken: float = 0.0
+    """Share of a device that a collective takes from what is computed beside it."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -58,7 +60,7 @@ def ring(speeds: Speeds, world: int, ranks: int, stride: int) -> Ring:
     else:
         beside = max(1, host // stride)
         hosts = math.ceil(ranks / beside)
-    return Ring(ranks, hosts, beside, speeds.inside, speeds.between, speeds.accelerator)
+    return Ring(ranks, hosts, beside, speeds.inside, speeds.between, speeds.accelerator, speeds.collective_share)
 
 
 def all_gather(group: Ring, whole_bytes: float) -> float:
@@ -107,6 +109,8 @@ def send(group: Ring, message_bytes: float) -> float:
 
 
 def exposed(group: Ring, communication: float, computation: float) -> float:
-    """What of a communication is left when computation runs beside it."""
-    return max(0.0, communication - computation) if group.hidden else communication
-
+    """What a communication adds to a computation that runs beside it: what is left of it, and what it takes of the
+    device."""
+    if not group.hidden:
+        return communication
+    return max(0.0, communication - computation) + group.taken * min(communication, computation)

@@ -9,7 +9,9 @@ Nothing here is taken from a training run, and nothing was chosen by what the pl
   A100's peak forward and 63 % backward (Dao 2023, section 4.1), and the same decline backward on others;
 - inside a host: a ring over 8 H200 reaches 367.6 of 450 GB/s (Bekman, ibid., network); 3.4 us a step over NVLink, 5.7 us
   over PCIe, 9.6 us between hosts (NCCL, src/graph/tuning.cc, Ring/Simple);
-- between hosts: 46 to 48 GB/s of a 400 Gbit/s adapter (NVIDIA/nccl-tests, issue 290);
+- between hosts: an all-reduce over 4 hosts of 8 H100, with 8 adapters of 400 Gbit/s each, reaches 331 of 400 GB/s (Voltage
+  Park, ibid.);
+- a collective keeps 16 processors busy, one a channel. An assumption: up to 32 are seen (NVIDIA/nccl, issue 1685);
 - kept by CUDA: about 300 MB (pytorch/pytorch, issue 107667); by NCCL: 688 MiB for a group (NVIDIA/nccl, issue 964).
 """
 
@@ -57,12 +59,13 @@ KNOWN = {
 
 MEMORY_SHARE = 2903 / 3350
 RING_SHARE = 367.6 / 450
-ADAPTER_SHARE = 47 / 50
+ADAPTER_SHARE = 331 / 400
 NVLINK_SECONDS, PCIE_SECONDS, BETWEEN_SECONDS = 3.4e-6, 5.7e-6, 9.6e-6
 PCIE_BYTES_PER_SECOND = 64 * GIGA
 """What no link but NVLink and Infinity Fabric exceeds."""
 LAUNCH_SECONDS = 8e-6
 """Of torch for an operator. An assumption: from 5 to 25 us are reported."""
+CHANNELS = 16
 CONTEXT_BYTES, GROUP_BYTES = 300e6, 688 * 2**20
 FORWARD_ON_H100 = {512: 191, 1024: 260, 2048: 298, 4096: 319, 8192: 333, 16384: 335}
 """TFLOP/s by sequence length; the same kernel reaches 370 without a mask."""
@@ -121,6 +124,7 @@ def _speeds(device: Device, short: str, facts: Known, precision: str, host: int,
         peak_source=device.source,
         context_bytes=CONTEXT_BYTES,
         group_bytes=GROUP_BYTES,
+        collective_share=CHANNELS / facts.processors,
         notes=tuple(_notes(short, facts, half)),
     )
 

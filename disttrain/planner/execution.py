@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from disttrain.config.schema import Config, Precision
 
-MASK_BYTES = 73
-"""Moved for each element by the hash of `disttrain.models.dropout`, before it is dropped."""
+HASH_BYTES = 73
+"""Moved for each element by the hash of `disttrain.models.dropout`, operator by operator."""
 
 
 class Execution(NamedTuple):
@@ -27,6 +27,8 @@ class Execution(NamedTuple):
     """Whether tensor parallelism's messages of the forward pass travel beside the products."""
     fused_attention: bool
     """Whether scores are never in memory, where the device has a kernel for that."""
+    mask_bytes: int
+    """Moved for each element that dropout may drop, to find out whether it does."""
 
 
 def ours(config: Config, precision: Precision) -> Execution:
@@ -43,4 +45,5 @@ def ours(config: Config, precision: Precision) -> Execution:
         fused=config.run.compile,
         overlaps_tensor=False,
         fused_attention=config.model.dropout == 0,
+        mask_bytes=HASH_BYTES,
     )

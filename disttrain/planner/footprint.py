@@ -7,7 +7,7 @@ communication library keep; fragments of the allocator are not counted, since no
 
 from functools import cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from disttrain import costs, memory
 from disttrain.config.schema import Config, Precision
@@ -74,7 +74,8 @@ class Footprint:
     """Of layouts of one config on one number of ranks."""
 
     def __init__(self, config: Config, world: int, speeds: Speeds, precision: Precision, pipelines: Pipelines):
-        self.config, self.world, self.speeds, self.precision = config, world, speeds, precision
+        self.config, self.world, self.speeds = config, world, speeds
+        self.precision: Precision = precision
         self.pipelines = pipelines
         self._each = costs.state_bytes_per_parameter(precision)
         self._narrow = self._each.compute_copy or self._each.weight
@@ -83,7 +84,7 @@ class Footprint:
         self.tied = cache(self._tied)
         self.updated = cache(self._updated)
         self.state = cache(self._state)
-        self.active = cache(self._active)
+        self.active, self.holding = cache(self._active), cache(self._holding)
 
     def worst(self, layout: Layout) -> RankBytes:
         """Of the rank that holds most."""
@@ -95,16 +96,16 @@ class Footprint:
         micro = layout.micro_batch or share
         pipeline = layout.schedule, layout.pipeline, virtual
         states = self.state(*pipeline, sharing_of(layout, share // micro))
-        cut = micro, layout.tensor, layout.sequence, layout.context, layout.context_method == "ring"
-        found = self.active(*pipeline, share // micro, *cut, layout.recompute)
+        recompute: Any = layout.recompute
+        each = self.active(micro, layout.tensor, layout.sequence, layout.context, recompute)
         of_rank = self.pipelines.of(*pipeline).of_rank
-        runtime = self.runtime(layout)
-        return [
-            RankBytes(*state[:4], active.activations, state.feedback,
-                      state.buffers + active.buffers + max(0.0, state.flat - active.activations),
-                      runtime, of_rank.index(kind))
-            for kind, (state, active) in enumerate(zip(states, found, strict=True))
-        ]  # fmt: skip
+        runtime, passing = self.runtime(layout), self.passing(layout, micro)
+        found = []
+        for kind, (state, held) in enumerate(zip(states, self.holding(*pipeline, share // micro), strict=True)):
+            active = activations(*each, held)
+            buffers = state.buffers + passing + max(0.0, state.flat - active)
+            found.append(RankBytes(*state[:4], active, state.feedback, buffers, runtime, of_rank.index(kind)))
+        return found
 
     def runtime(self, layout: Layout) -> float:
         """Of the device's runtime, and of every group of ranks that has a communicator of its own: the world, each axis, and
@@ -159,8 +160,9 @@ class Footprint:
         return tuple(ranks)
 
     def _of_kind(self, kind: Kind, sharing: Sharing, pipeline: int) -> "_State":
-        """As `memory.zero_bytes`, and ZeRO's buffers: the flat tensor that a block is gathered in, its gradients, and what of
-        them is scattered; the gradients of embedding and head are complete only at the end of a backward pass."""
+        """As `memory.zero_bytes`, and ZeRO's buffers: the flat tensor that a block is gathered in, its gradients, and
+        what of them is scattered; the gradients of embedding and head are complete only at the end of a backward
+        pass."""
         tensor, zero, shards, replicas, accumulates = sharing
         each, count = self._each, self.count(kind, tensor, shards)
         feedback = self._residuals(kind, sharing)
@@ -194,12 +196,9 @@ class Footprint:
         )  # fmt: skip
 
     def _active(
-        self, schedule: str, pipeline: int, virtual: int, micro_batches: int,
-        micro: int, tensor: int, sequence: bool, context: int, ring: bool, recompute: costs.Recompute,
-    ) -> tuple["_Active", ...]:  # fmt: skip
-        """Of every kind of rank: as `memory.predict`, every chunk in flight counts as the rank's longest stage, and the largest
-        of what works comes on top. Buffers: gathered positions (sequence parallelism), keys and values that come and go
-        (ring), what is sent and received between stages."""
+        self, micro: int, tensor: int, sequence: bool, context: int, recompute: costs.Recompute
+    ) -> tuple[costs.ActivationBytes, costs.ActivationBytes]:
+        """Of one block and of the head, for one micro-batch."""
 
         def of(layers: int, head: bool) -> costs.ActivationBytes:
             return costs.activation_bytes(
@@ -207,19 +206,41 @@ class Footprint:
                 layers=layers, head=head, tensor=tensor, sequence=sequence, context=context,
             )  # fmt: skip
 
-        found, block, head = self.pipelines.of(schedule, pipeline, virtual), of(1, False), of(0, True)
-        hidden = micro * self.config.data.sequence_length // context * self.config.model.hidden_size
-        buffers = self._narrow * hidden if sequence else 0
-        buffers += 4 * self._narrow * hidden / tensor if context > 1 and ring else 0
-        buffers += 2 * self._each.weight * hidden / (tensor if sequence else 1) if pipeline > 1 else 0
-        ranks = [_Active(0.0, 0.0)] * len(found.ranks)
+        return of(1, False), of(0, True)
+
+    def _holding(self, schedule: str, pipeline: int, virtual: int, micro_batches: int) -> tuple["Holding", ...]:
+        """Of every kind of rank: as `memory.predict`, every chunk in flight counts as the rank's longest stage."""
+        found, holds = self.pipelines.of(schedule, pipeline, virtual), {}
         for at, chunks, heads in self.pipelines.flights(schedule, pipeline, virtual, micro_batches):
             kinds = [found.kinds[n] for n in found.ranks[at]]
-            last, longest = any(kind.last for kind in kinds), max(kind.layers for kind in kinds)
-            saved = chunks * longest * block.saved + (heads * head.saved if last else 0)
-            working = max(block.working if longest else 0.0, head.working if last else 0.0)
-            ranks[at] = _Active(saved + working, buffers)
-        return tuple(ranks)
+            last = any(kind.last for kind in kinds)
+            holds[at] = Holding(chunks * max(kind.layers for kind in kinds), heads if last else 0)
+        return tuple(holds[at] for at in range(len(found.ranks)))
+
+    def passing(self, layout: Layout, micro: int) -> float:
+        """Bytes of gathered positions (sequence parallelism), of keys and values that come and go (ring), and of what
+        is sent and received between stages."""
+        hidden = micro * self.config.data.sequence_length // layout.context * self.config.model.hidden_size
+        found = self._narrow * hidden if layout.sequence else 0
+        if layout.context > 1 and layout.context_method == "ring":
+            found += 4 * self._narrow * hidden / layout.tensor
+        if layout.pipeline > 1:
+            found += 2 * self._each.weight * hidden / (layout.tensor if layout.sequence else 1)
+        return found
+
+
+class Holding(NamedTuple):
+    """What a rank holds at most of micro-batches in flight."""
+
+    blocks: int
+    """Activations of one micro-batch in one block each."""
+    heads: int
+
+
+def activations(block: costs.ActivationBytes, head: costs.ActivationBytes, held: Holding) -> float:
+    """Bytes of them, and of the largest that works on top."""
+    working = max(block.working if held.blocks else 0.0, head.working if held.heads else 0.0)
+    return held.blocks * block.saved + held.heads * head.saved + working
 
 
 class _State(NamedTuple):
@@ -231,8 +252,3 @@ class _State(NamedTuple):
     buffers: float
     flat: float
     """Copies of all gradients, when they are summed after a pipeline's last micro-batch."""
-
-
-class _Active(NamedTuple):
-    activations: float
-    buffers: float

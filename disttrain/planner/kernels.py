@@ -37,7 +37,12 @@ class Kernels(NamedTuple):
 
 
 def kernels(speeds: Speeds) -> Kernels:
-    """Of this device."""
+    """Of this device.
+
+    A product that was not measured takes what its tiles do, or what reading its operands does, if that is longer, and
+    then what writing its result does: a tile of the largest size takes all registers of a processor, so that none
+    multiplies while it writes. Products with a short sum are slower for that, as the best ones measured have long sums.
+    """
     item = {"fp64": 8, "fp32": 4}.get(speeds.precision, 2)
 
     @cache
@@ -47,8 +52,8 @@ def kernels(speeds: Speeds) -> Kernels:
         if speeds.products:
             return batch * 2 * m * n * k / interpolated(speeds.products, m, n, k)
         assert speeds.unit is not None
-        moved = batch * item * (m * k + k * n + m * n) / speeds.memory_bytes_per_second
-        return max(tiled(speeds.unit, m, n, k, batch), moved)
+        read, written = (batch * item * count / speeds.memory_bytes_per_second for count in (m * k + k * n, m * n))
+        return max(tiled(speeds.unit, m, n, k, batch), read) + written
 
     @cache
     def attention(length: int, size: int) -> tuple[float, float]:

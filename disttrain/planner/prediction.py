@@ -16,15 +16,15 @@ from disttrain.planner.composition import Kind, pipelines, virtual_of
 from disttrain.planner.execution import Execution, ours
 from disttrain.planner.footprint import Footprint, RankBytes
 from disttrain.planner.kernels import kernels
-from disttrain.planner.sharing import Groups, Held, shared
+from disttrain.planner.sharing import Groups, Held, Messages, messages, replicated, sharded
 from disttrain.planner.speeds import Speeds
 from disttrain.planner.timeline import Span, Stages, span
 from disttrain.stages import SCHEDULES, layers_of_stages
 from disttrain.verify.layouts import Layout
 
 ADAMW_BYTES, FOREACH_BYTES, LAMB_BYTES = 28, 88, 120
-"""Moved for each element that a rank updates, in fp32: torch's fused kernel reads weight, gradient and moments and writes all
-but the gradient; foreach kernels go over them in turn."""
+"""Moved for each element that a rank updates, in fp32: torch's fused kernel reads weight, gradient and moments and
+writes all but the gradient; foreach kernels go over them in turn."""
 SMALL_MESSAGES = 3
 """All-reduces of a few numbers over the world: targets, losses, the gradient's norm."""
 
@@ -85,7 +85,8 @@ class Predictor:
         self.pipelines = pipelines(self._layers)
         self.footprint = Footprint(config, world, speeds, self.precision, self.pipelines)
         self._blocks, self._ends = cache(self._block), cache(self._end)
-        self._costs, self._passes = cache(self._cost), cache(self._pass)
+        self._costs, self._passes, self._sharing = cache(self._cost), cache(self._pass), cache(self._share)
+        self._converted = cache(self._convert)
         self._ring = cache(partial(ring, speeds, world))
         self._small = SMALL_MESSAGES * all_reduce(self._ring(world, 1), 64.0)
 
@@ -126,12 +127,21 @@ class Predictor:
         """The parts of the step, and the pipeline's schedule."""
         size, count = self._micro_batches(layout)
         shards = layout.data * layout.context // layout.replicate if layout.zero else 1
-        cut = (size, layout.tensor, layout.sequence, layout.context, layout.context_method == "ulysses", layout.recompute)
+        cut = (
+            size,
+            layout.tensor,
+            layout.sequence,
+            layout.context,
+            layout.context_method == "ulysses",
+            layout.recompute,
+        )
         sharing = (layout.zero, shards, layout.data * layout.context // shards, layout.tensor, layout.pipeline, count)
         pipeline = layout.schedule, layout.pipeline, virtual_of(layout)
         found = self.pipelines.of(*pipeline)
         stages = [self._passes(kind, cut, sharing) for kind in found.kinds]
-        schedule = self._schedule(pipeline, count, [stage.seconds for stage in stages], self._hidden_seconds(layout, size))
+        schedule = self._schedule(
+            pipeline, count, [stage.seconds for stage in stages], self._hidden_seconds(layout, size)
+        )
         busiest = max(found.ranks, key=lambda rank: sum(stages[n].seconds for n in rank))
         cost = work.times(work.added(*(stages[n].cost for n in busiest)), count)
         waits = count * sum(stages[n].waits for n in busiest)
@@ -153,17 +163,29 @@ class Predictor:
     def _cost(self, kind: Kind, cut: tuple) -> work.Cost:
         """One micro-batch of one stage, without what data parallelism adds."""
         block = self._blocks(*cut)
-        ends = [self._ends(name, *cut[:-1]) for name, there in (("embedding", kind.first), ("head", kind.last)) if there]
+        ends = [
+            self._ends(name, *cut[:-1]) for name, there in (("embedding", kind.first), ("head", kind.last)) if there
+        ]
         return work.added(
             work.times(block.forward, kind.layers), work.times(block.backward, kind.layers), *map(_both_ways, ends)
         )
 
     def bound(self, pipeline: tuple[str, int, int], micro_batches: int, cut: tuple) -> float:
-        """Seconds that a step takes at least, whatever ZeRO's stage: what its stages compute, and the pipeline's bubble."""
-        found = self.pipelines.of(*pipeline)
-        return self._schedule(pipeline, micro_batches, [self._costs(kind, cut).total for kind in found.kinds], 0.0).total
+        """Seconds that a step takes at least, whatever ZeRO's stage: what its stages compute, the least that gradients
+        cost there, and the pipeline's bubble."""
+        kinds, tensor = self.pipelines.of(*pipeline).kinds, cut[1]
+        totals = [self._costs(kind, cut).total + self._converted(kind, tensor) for kind in kinds]
+        return self._schedule(pipeline, micro_batches, totals, 0.0).total
 
-    def _schedule(self, pipeline: tuple[str, int, int], micro_batches: int, totals: list[float], message: float) -> Span:
+    def _convert(self, kind: Kind, tensor: int) -> float:
+        """Seconds that gradients of a stage's matrices cost beside their products, at least, for a micro-batch."""
+        habits = self.execution
+        least = min(habits.gradient_bytes + habits.cast_bytes, habits.narrow + habits.master)
+        return self.kernels.passes(least * self._sharing(kind, tensor, 1, 1)[0].elements) * self._slowed
+
+    def _schedule(
+        self, pipeline: tuple[str, int, int], micro_batches: int, totals: list[float], message: float
+    ) -> Span:
         """Of stages whose kinds take so long."""
         found = self.pipelines.of(*pipeline)
         busiest = max(sum(totals[n] for n in rank) for rank in found.ranks)
@@ -175,20 +197,25 @@ class Predictor:
         """One stage of one micro-batch."""
         block, cost = self._blocks(*cut), self._costs(kind, cut)
         zero, shards, replicas, tensor, pipeline, count = sharing
-        groups = Groups(
-            self._ring(shards, tensor), self._ring(replicas, tensor * shards), self._ring(shards * replicas, tensor)
-        )
-        each = shared(zero, self.held(kind, tensor), groups, self.kernels, self.execution, count, pipeline,
-                      block.forward.total, block.backward.total)  # fmt: skip
+        held, groups, sent = self._sharing(kind, tensor, shards, replicas)
+        if zero == 0:
+            each = replicated(held, groups, self.kernels, self.execution, pipeline, block.backward.total)
+        else:
+            each = sharded(zero, held, groups, sent, self.kernels, self.execution, count, block.forward.total,
+                           block.backward.total)  # fmt: skip
         converted = work.Cost((each.forward_pass + each.backward_pass) * self._slowed)
         cost, waits = work.added(cost, converted), each.forward_waits + each.backward_waits
         return _Stage(cost, waits, each.once_waits, each.after, cost.total + waits)
 
-    def held(self, kind: Kind, tensor: int) -> Held:
-        """Matrices of a stage on a tensor rank."""
+    def _share(self, kind: Kind, tensor: int, shards: int, replicas: int) -> tuple[Held, Groups, Messages]:
+        """Matrices of a stage on a tensor rank, the ranks that hold the same, and what they send."""
         block, embedding, head = self.footprint.matrices(tensor)
         other = (embedding if kind.first else 0) + (head if kind.last else 0)
-        return Held(kind.layers, block, other - (self.footprint.tied(tensor) if kind.first and kind.last else 0))
+        held = Held(kind.layers, block, other - (self.footprint.tied(tensor) if kind.first and kind.last else 0))
+        groups = Groups(
+            self._ring(shards, tensor), self._ring(replicas, tensor * shards), self._ring(shards * replicas, tensor)
+        )
+        return held, groups, messages(held, groups, self.execution)
 
     def _cut(self, size: int, tensor: int, sequence: bool, context: int, ulysses: bool) -> work.Cut:
         return work.Cut(size, self._ring(tensor, 1), sequence, self._ring(context, tensor), ulysses)

@@ -1,4 +1,5 @@
-"""Seconds of data parallelism: gradients summed by DDP or after a pipeline, weights gathered and gradients scattered by ZeRO.
+"""Seconds of data parallelism: gradients summed by DDP or after a pipeline, weights gathered and gradients scattered by
+ZeRO.
 
 As `disttrain.parallel.data` and `parallel.gradients` do it. No torch. Letters: e elements of a block's matrices on a rank, R
 those of what is no block (embedding, head) on its stage, L its blocks, M micro-batches; f and b seconds of a block's forward
@@ -59,32 +60,52 @@ class Shared(NamedTuple):
     """Seconds once a step, when all micro-batches are done."""
 
 
-def shared(
-    zero: int, held: Held, groups: Groups, kernels: Kernels, execution: Execution,
-    micro_batches: int, pipeline: int, forward: float, backward: float,
+class Messages(NamedTuple):
+    """Seconds of a stage's collectives under ZeRO: of one block, and of what is no block."""
+
+    gather: float
+    scatter: float
+    between: float
+    """Sums between replicas of what is sharded."""
+    other_gather: float
+    other_scatter: float
+    other_between: float
+
+
+def messages(held: Held, groups: Groups, execution: Execution) -> Messages:
+    """Blocks are gathered in the type that is multiplied, all else, and gradients, in master precision."""
+    narrow, wide, shards = execution.narrow, execution.master, groups.shard.ranks
+    block, other = held.block_elements, held.other_elements
+    return Messages(
+        all_gather(groups.shard, narrow * block),
+        reduce_scatter(groups.shard, wide * block),
+        all_reduce(groups.replicate, wide * block / shards),
+        all_gather(groups.shard, wide * other),
+        reduce_scatter(groups.shard, wide * other),
+        all_reduce(groups.replicate, wide * other / shards),
+    )
+
+
+def sharded(
+    zero: int, held: Held, groups: Groups, sent: Messages, kernels: Kernels, execution: Execution,
+    micro_batches: int, forward: float, backward: float,
 ) -> Shared:  # fmt: skip
-    """Of one stage; `forward` and `backward` are f and b."""
-    if zero == 0:
-        return _replicated(held, groups, kernels, execution, pipeline, backward)
+    """One stage under ZeRO 1, 2 or 3; `forward` and `backward` are f and b."""
     narrow, wide, count = execution.narrow, execution.master, held.blocks
-    gather = all_gather(groups.shard, narrow * held.block_elements)
-    scatter = reduce_scatter(groups.shard, wide * held.block_elements)
-    between = all_reduce(groups.replicate, wide * held.block_elements / groups.shard.ranks)
-    other_gather = all_gather(groups.shard, wide * held.other_elements)
-    other_scatter = reduce_scatter(groups.shard, wide * held.other_elements)
-    other_between = all_reduce(groups.replicate, wide * held.other_elements / groups.shard.ranks)
-    first = _in_turn(groups.shard, gather, forward, count) + other_gather
-    scattered = _in_turn(groups.shard, scatter, backward, count) + other_scatter
-    again = _in_turn(groups.shard, gather + scatter, backward, count) + other_scatter
-    replicas = _in_turn(groups.replicate, scatter + between, backward, count) + other_between
-    replicas -= _in_turn(groups.replicate, scatter, backward, count)  # what the last micro-batch waits longer
     out, into = kernels.passes(2 * narrow * held.elements), kernels.passes((narrow + wide) * held.elements)
+    first = _in_turn(groups.shard, sent.gather, forward, count) + sent.other_gather
+    scattered = _in_turn(groups.shard, sent.scatter, backward, count) + sent.other_scatter
+    replicas = sent.other_between
+    if groups.replicate.ranks > 1:  # what the last micro-batch waits longer
+        replicas += _in_turn(groups.replicate, sent.scatter + sent.between, backward, count)
+        replicas -= _in_turn(groups.replicate, sent.scatter, backward, count)
     if zero == 3:
-        return Shared(out, out + into, first, again, max(0.0, replicas))
+        again = _in_turn(groups.shard, sent.gather + sent.scatter, backward, count) + sent.other_scatter
+        return Shared(out, out + into, first, again, replicas)
     if zero == 2:
-        return Shared(out / micro_batches, into, 0.0, scattered, first + max(0.0, replicas))
+        return Shared(out / micro_batches, into, 0.0, scattered, first + replicas)
     added = kernels.passes((narrow + 2 * wide) * held.elements) if micro_batches > 1 else 0.0
-    return Shared(out / micro_batches, added + into / micro_batches, 0.0, 0.0, first + scattered + max(0.0, replicas))
+    return Shared(out / micro_batches, added + into / micro_batches, 0.0, 0.0, first + scattered + replicas)
 
 
 def _in_turn(group: Ring, message: float, computation: float, count: int) -> float:
@@ -93,11 +114,12 @@ def _in_turn(group: Ring, message: float, computation: float, count: int) -> flo
     return 0.0 if count == 0 else message + (count - 1) * exposed(group, message, computation)
 
 
-def _replicated(
+def replicated(
     held: Held, groups: Groups, kernels: Kernels, execution: Execution, pipeline: int, backward: float
 ) -> Shared:
-    """DDP sums buckets from the end of the model on, while the last micro-batch's backward pass goes on: all but the last
-    bucket may hide behind it. In a pipeline they are summed when the schedule is done, through flat copies."""
+    """One stage without ZeRO. DDP sums buckets from the end of the model on, while the last micro-batch's backward pass
+    goes on: all but the last bucket may hide behind it. In a pipeline they are summed when the schedule is done,
+    through flat copies."""
     total = execution.master * held.elements
     converted = kernels.passes(execution.cast_bytes * held.elements)
     gradients = kernels.passes(execution.gradient_bytes * held.elements)

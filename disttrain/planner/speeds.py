@@ -90,6 +90,8 @@ class Speeds(NamedTuple):
     """Held by the device's runtime before the first tensor."""
     group_bytes: float = 0.0
     """Held by the communication library for every group of ranks."""
+    collective_share: float = 0.0
+    """Of an accelerator's processors that a collective keeps busy, so that what is computed beside it is slower."""
     notes: tuple[str, ...] = ()
     """What of this is assumed, for the reader of a plan."""
 

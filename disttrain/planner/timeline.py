@@ -42,9 +42,9 @@ class Stages(NamedTuple):
 def span(schedule: str, ranks: int, virtual: int, micro_batches: int, stages: Stages, message: float) -> Span:
     """Of a pipeline.
 
-    The slowest rank is busy all the time once the pipeline is full, and idle while it fills and empties: as many stages' time
-    as `disttrain.stages.theoretical_bubble` leaves idle, each of their average length. For 1F1B that is the exact sum of all
-    stages and M - 1 times the slowest one.
+    The slowest rank is busy all the time once the pipeline is full, and idle while it fills and empties: as many
+    stages' time as `disttrain.stages.theoretical_bubble` leaves idle, each of their average length. For 1F1B that is
+    the exact sum of all stages and M - 1 times the slowest one.
 
     Messages are waited for where too few micro-batches are in flight to hide them: with k of the v P stages' activations on
     the first rank, a micro-batch is back after sum(s) + 2 (v P - 1) d, so that none can begin more often than every v / k of

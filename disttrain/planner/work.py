@@ -11,7 +11,7 @@ from disttrain.config.presets import shape_of
 from disttrain.config.schema import Config
 from disttrain.planner import attention
 from disttrain.planner.collectives import Ring, all_gather, all_reduce, exposed, reduce_scatter
-from disttrain.planner.execution import MASK_BYTES, Execution
+from disttrain.planner.execution import Execution
 from disttrain.planner.kernels import Kernels
 
 FORWARD_OPERATORS, BACKWARD_OPERATORS = 26, 44
@@ -33,12 +33,17 @@ class Cost(NamedTuple):
 
 def added(*costs: Cost) -> Cost:
     """One after the other."""
-    return Cost(*(sum(parts) for parts in zip(*costs, strict=True)))
+    compute = tensor = context = 0.0
+    for cost in costs:
+        compute += cost.compute
+        tensor += cost.tensor
+        context += cost.context
+    return Cost(compute, tensor, context)
 
 
 def times(cost: Cost, count: float) -> Cost:
     """So many of them."""
-    return Cost(*(count * part for part in cost))
+    return Cost(count * cost.compute, count * cost.tensor, count * cost.context)
 
 
 class Both(NamedTuple):
@@ -139,10 +144,11 @@ def _backward_tensor(cut: Cut, messages: _Messages, inputs: list[float], weights
 def _passes(config: Config, cut: Cut, execution: Execution, tokens: int) -> tuple[float, float]:
     """Bytes that a block's elementwise operators and norms move, forward and backward; attention's are in `attention`.
 
-    Forward, twice each: norm 2 r, cast r + c, sum with the residual stream 2 r + c, of the H features of a token (1 / t of
-    the tokens with sequence parallelism); copy of the heads' output 2 c H / t; GELU 2 c F / t; the bias of a row layer 2 c H.
-    Backward: cast of the branch's gradient r + c, and back c + r, norm 5 r, sum of the two branches 3 r; biases c of what
-    they are added to; heads 8 c H / t; GELU 3 c F / t. Fused: norm, cast and sum are one pass of 2 r + 2 c, 3 r + 2 c back.
+    Forward, twice each: norm 2 r, cast r + c, sum with the residual stream 2 r + c, of the H features of a token (1 / t
+    of the tokens with sequence parallelism); copy of the heads' output 2 c H / t; GELU 2 c F / t; the bias of a row
+    layer 2 c H. Backward: cast of the branch's gradient r + c, and back c + r, norm 5 r, sum of the two branches 3 r;
+    biases c of what they are added to; heads 8 c H / t; GELU 3 c F / t. Fused: norm, cast and sum are one pass of 2 r +
+    2 c, 3 r + 2 c back.
     """
     shape, t = shape_of(config.model), cut.tensor.ranks
     h, f = shape.hidden_size, shape.ffn_hidden_size
@@ -156,7 +162,7 @@ def _passes(config: Config, cut: Cut, execution: Execution, tokens: int) -> tupl
     rows = 0 if t == 1 else 2 * 2 * c * h * between
     dropped = 0.0
     if config.model.dropout:
-        dropped = 2 * (MASK_BYTES + 1 + 4 * c) * h * between
+        dropped = 2 * (execution.mask_bytes + 1 + 4 * c) * h * between
     forward = 2 * there * h * between + (2 * c * h + 2 * c * f) / t * tokens + rows + dropped
     biases = c * (3 * h + f) / t * tokens + 2 * c * h * between
     backward = 2 * back * h * between + (8 * c * h + 3 * c * f) / t * tokens + biases
@@ -173,7 +179,7 @@ def embedding(config: Config, cut: Cut, kernels: Kernels, execution: Execution) 
     if config.model.family == "bert":
         there += 2 * w * h * tokens
     if config.model.dropout:
-        there += (MASK_BYTES + 1 + 4 * w) * h * tokens
+        there += (execution.mask_bytes + 1 + 4 * w) * h * tokens
     back = tables * 3 * w * h * tokens + w * h * shape.vocab_size / t
     summed = all_reduce(cut.tensor, w * h * tokens)
     gathered = all_gather(cut.tensor, w * h * tokens) if cut.sequence else 0.0
