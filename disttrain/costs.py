@@ -217,6 +217,7 @@ def activation_bytes(
     context: int = 1,
     device: Device = "cuda",
     ring: bool = False,
+    splits: bool = False,
 ) -> ActivationBytes:
     """Activations of one micro-batch on one rank; of the whole model if no layout is given.
 
@@ -234,7 +235,8 @@ def activation_bytes(
     recompute=full keeps w H for each token and block; selective drops what attention saves for itself.
 
     In the backward pass of a block come on top: at GELU w H + c H + c F, once what was recomputed is there; at attention 2 c A S
-    (or 4 c H when fused) and w H, when 2 c F + w H + c H have been freed.
+    (or 4 c H when fused) and w H, when 2 c F + w H + c H have been freed; where a schedule `splits` the backward pass nothing has,
+    and the gradients that weights wait for, 2 c H + c F, are there too.
 
     Tensor parallelism divides all of a block but the first line, sequence parallelism that one too (ibid., table 2), and
     of the head c V; context parallelism divides the tokens. A pipeline rank has some `layers`, and perhaps the head.
@@ -248,7 +250,7 @@ def activation_bytes(
     block = 2 * (sizes.residual + sizes.input) + 4 * sizes.heads + 2 * sizes.features + sizes.masks
     kept = {"none": block + sizes.core, "selective": block, "full": sizes.residual}[recompute]
     count = shape_of(model).layers if layers is None else layers
-    working = _working(sizes, block, recompute) if count else 0.0
+    working = _working(sizes, block, recompute, splits) if count else 0.0
     if not head:
         return ActivationBytes(count * kept, working)
     saved, logits = _head(model, sequence_length, tokens, predicted_tokens, tensor, (wide, narrow))
@@ -274,12 +276,12 @@ def _sizes(
     )
 
 
-def _working(sizes: _Sizes, block: float, recompute: Recompute) -> float:
+def _working(sizes: _Sizes, block: float, recompute: Recompute, splits: bool) -> float:
     """The most that a block's backward pass has beside what was saved."""
     again = {"none": 0.0, "selective": sizes.core, "full": block + sizes.core - sizes.residual}[recompute]
     gradients = sizes.residual + sizes.cast * sizes.input
     activation = gradients + sizes.features + 2 * sizes.gathered
-    freed = 2 * sizes.features + sizes.residual + sizes.input
+    freed = 2 * sizes.features + sizes.residual + sizes.input if not splits else -2 * sizes.input - sizes.features
     attention = sizes.residual + (2 * sizes.scores + 2 * sizes.heads if sizes.scores else 4 * sizes.heads) - freed
     if recompute == "selective":
         return max(activation, again + attention)
@@ -298,6 +300,15 @@ def _head(
         each = (wide + 3 * narrow) * shape.hidden_size
     logits = narrow * shape.vocab_size / tensor * predicted
     return each * predicted + logits, logits
+
+
+def passing_bytes(
+    model: ModelConfig, sequence_length: int, micro_batch_size: int, precision: Precision, tensor: int, sequence: bool,
+    context: int,
+) -> float:  # fmt: skip
+    """Hidden states of a micro-batch between two pipeline stages: w H of each token that a rank holds between the matrices."""
+    tokens = sequence_length * micro_batch_size / context / (tensor if sequence else 1)
+    return _wide_bytes(precision) * model.hidden_size * tokens
 
 
 def _predicted(sequence_length: int, predicted_tokens: float | None) -> float:

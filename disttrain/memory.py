@@ -14,7 +14,7 @@ from disttrain.config.schema import Config, ModelConfig, Precision
 from disttrain.costs import ActivationBytes, Device, StateBytes
 from disttrain.mesh import Mesh
 from disttrain.moments import InFlight, Parameters, Sharing, moments
-from disttrain.stages import layers_of_stages, stage_numbers, virtual_stages
+from disttrain.stages import SCHEDULES, layers_of_stages, stage_numbers, virtual_stages
 
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of parameters by name."""
@@ -184,7 +184,9 @@ def predict(
     layers = layers_of_stages(model, config.data.sequence_length, size * virtual)
     each, shards = costs.state_bytes_per_parameter(precision), mesh.shard * mesh.context
     data = mesh.replicate * shards
-    sharing = Sharing(parallel.zero, micro_batches > 1, data > 1 and config.outer.method == "none", size > 1)
+    passing = costs.passing_bytes(model, config.data.sequence_length, _size(config, mesh, micro_batches), precision,
+                                  mesh.tensor, parallel.sequence, mesh.context)  # fmt: skip
+    sharing = Sharing(parallel.zero, micro_batches > 1, data > 1 and config.outer.method == "none", size > 1, passing)
     block, head = activations_of(config, mesh, precision, micro_batches, device)
     found = []
     for rank in range(size):
@@ -242,19 +244,24 @@ def _flight(config: Config, mesh: Mesh, rank: int, stages: int, micro_batches: i
     return InFlight(chunks, heads if last else 0, chunks < stages * micro_batches)
 
 
+def _size(config: Config, mesh: Mesh, micro_batches: int) -> int:
+    """Sequences of a micro-batch."""
+    return config.train.global_batch_size // mesh.data_ranks // micro_batches
+
+
 def activations_of(
     config: Config, mesh: Mesh, precision: Precision, micro_batches: int, device: Device
 ) -> tuple[ActivationBytes, ActivationBytes]:
     """Of one block and of the head, for one micro-batch."""
     parallel, model, length = config.parallel, config.model, config.data.sequence_length
-    size = config.train.global_batch_size // mesh.data_ranks // micro_batches
+    size, splits = _size(config, mesh, micro_batches), mesh.pipeline > 1 and SCHEDULES[parallel.schedule].splits_backward
     ring = mesh.context > 1 and parallel.context_method == "ring"
 
     def of(layers: int, head: bool) -> ActivationBytes:
         return costs.activation_bytes(
             model, length, size, precision, parallel.recompute,
             ring or costs.attention_is_fused(model, length, precision, device), layers=layers, head=head,
-            tensor=mesh.tensor, sequence=parallel.sequence, context=mesh.context, device=device, ring=ring,
+            tensor=mesh.tensor, sequence=parallel.sequence, context=mesh.context, device=device, ring=ring, splits=splits,
         )  # fmt: skip
 
     return of(1, False), of(0, True)

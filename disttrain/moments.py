@@ -49,7 +49,7 @@ class Parameters(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """What a layout does with parameters and their gradients."""
+    """What a layout does with parameters, their gradients and hidden states."""
 
     zero: Number
     accumulates: Number
@@ -57,6 +57,8 @@ class Sharing(NamedTuple):
     replicated: bool
     """Several ranks sum their gradients."""
     pipelined: bool
+    passing: Number
+    """Bytes of hidden states between two stages, of one micro-batch."""
 
 
 class InFlight(NamedTuple):
@@ -100,30 +102,32 @@ def moments(
     scatters = (zero > 1) | ((zero == 1) & ~np.asarray(sharing.accumulates))
     chunk, others = p.longest * block.saved, np.maximum(flight.heads - 1, 0)
     has_head = flight.heads > 0
+    # what a stage has handed on is held until its backward pass, and a gradient comes or goes
+    passing = sharing.passing * sharing.pipelined * (flight.chunks - flight.heads + 1)
     found = {
         "head": Moment(
             before,
             _copies(p, zero, flight.chunks, flight.heads, 0, wide, narrow),
             flight.chunks * chunk + flight.heads * head.saved + np.maximum(head.working, narrow * p.head) * has_head,
-            wide * p.rest * (zero > 1) * sharing.accumulates,
+            passing + wide * p.rest * (zero > 1) * sharing.accumulates,
         ),
         "block": Moment(
             before,
             _copies(p, zero, flight.chunks, others, 2, wide, narrow),
             flight.chunks * chunk + others * head.saved + block.working * (p.blocks > 0),
-            wide * p.head * p.tied + _in_a_block(p, zero, scatters, sharing.accumulates, wide, narrow),
+            passing + wide * p.head * p.tied + _in_a_block(p, zero, scatters, sharing.accumulates, wide, narrow),
         ),
         "end": Moment(
             buckets + own,
             _copies(p, zero, flight.chunks - 1, others, 1, wide, narrow),
             (flight.chunks - 1) * chunk + others * head.saved + (block.saved + block.working) * (p.blocks > 0),
-            wide * p.head * p.tied + _in_a_block(p, zero, scatters, sharing.accumulates, wide, narrow),
+            passing + wide * p.head * p.tied + _in_a_block(p, zero, scatters, sharing.accumulates, wide, narrow),
         ),
         "embedding": Moment(
             buckets + own,
             _copies(p, zero, flight.chunks - 1, others, 0, wide, narrow),
             (flight.chunks - 1) * chunk + others * head.saved,
-            wide * (p.embedding * (1 + 2 * p.tied) + p.rest * scatters),
+            passing + wide * (p.embedding * (1 + 2 * p.tied) + p.rest * scatters),
         ),
         "sum": Moment(
             buckets + own, 0, 0, wide * p.whole * (zero == 0) * (sharing.replicated and sharing.pipelined),
