@@ -5,13 +5,13 @@ The formulas of `disttrain.costs` put together; `docs/measurement.md` has them i
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from disttrain import costs
 from disttrain.config.coded import may_be_coded
 from disttrain.config.presets import shape_of
-from disttrain.config.schema import Config, ModelConfig, Precision
-from disttrain.costs import ActivationBytes, Device, StateBytes
+from disttrain.config.schema import Config, ModelConfig, ParallelConfig, Precision
+from disttrain.costs import ActivationBytes, Device, Recompute, StateBytes
 from disttrain.mesh import Mesh
 from disttrain.moments import InFlight, Parameters, Sharing, moments
 from disttrain.stages import SCHEDULES, layers_of_stages, stage_numbers, virtual_stages
@@ -162,7 +162,7 @@ class RankMemory(NamedTuple):
     host: int
     """What of the state ZeRO keeps in host memory (parallel.offload)."""
     feedback: int = 0
-    """Residuals of coded gradients: one value for each that this rank codes, twice while a step may still be skipped."""
+    """Residuals of coded gradients: one value for each that this rank codes."""
 
     outer: int = 0
     """Outer weights of workers that take steps of their own, and their momentum (`outer.method`)."""
@@ -184,87 +184,104 @@ def predict(
     layers = layers_of_stages(model, config.data.sequence_length, size * virtual)
     each, shards = costs.state_bytes_per_parameter(precision), mesh.shard * mesh.context
     data = mesh.replicate * shards
-    passing = costs.passing_bytes(model, config.data.sequence_length, _size(config, mesh, micro_batches), precision,
-                                  mesh.tensor, parallel.sequence, mesh.context)  # fmt: skip
+    sequences = config.train.global_batch_size // mesh.data_ranks // micro_batches
+    block, head, passing = activations_of(config, precision, device, parallel, sequences, parallel.recompute)
     sharing = Sharing(parallel.zero, micro_batches > 1, data > 1 and config.outer.method == "none", size > 1, passing)
-    block, head = activations_of(config, mesh, precision, micro_batches, device)
     found = []
     for rank in range(size):
         numbers = stage_numbers(parallel.schedule, rank, size, virtual) if size > 1 else [0]
         ends = [(n == 0, n == size * virtual - 1) for n in numbers]
-        stages = [parameter_shapes(model, layers[n], *end, tensor=mesh.tensor) for n, end in zip(numbers, ends, strict=True)]
-        count = counted(stages, [layers[n] for n in numbers], parallel.zero, shards)
-        flight = _flight(config, mesh, rank, len(numbers), micro_batches, ends[-1][1])
-        found_moments = moments(count, sharing, flight, block, head, each.weight, each.compute_copy or each.weight)
+        cut = 1 if parallel.zero == 0 else shards
+        count = of_rank([of_stage(model, len(layers[n]), *end, mesh.tensor, cut)
+                         for n, end in zip(numbers, ends, strict=True)])  # fmt: skip
+        held = flight(parallel.schedule, rank, size, virtual, micro_batches, ends[-1][1])
+        feedback = sum(
+            residual_bytes(config, precision, layers[n], *end, mesh.tensor, parallel.zero, data, mesh.replicate)
+            for n, end in zip(numbers, ends, strict=True)
+        )
+        sharing = sharing._replace(undecided=feedback if may_skip(config, precision) else 0)
+        found_moments = moments(count, sharing, held, block, head, each.weight, each.compute_copy or each.weight)
         name, most = max(found_moments.items(), key=lambda item: item[1].total)
-        optimizer = count.held * each.optimizer
-        if config.compression.codec == "onebit_lamb":  # fresh second moments of matrices
-            optimizer += each.weight * sum(prod(s) for shapes in stages for s in shapes.values() if len(s) > 1)
+        optimizer = count.held * each.optimizer + sum(
+            fresh_bytes(config, precision, len(layers[n]), *end, mesh.tensor) for n, end in zip(numbers, ends, strict=True)
+        )
         weight = count.held * each.weight
         state = StateBytes(weight, int(most.copies), int(most.gradients), optimizer)
         host = 0
         if parallel.offload and parallel.zero:
             host = weight + optimizer + (state.gradient if parallel.zero > 1 else 0)
-        feedback = sum(
-            residual_bytes(config, precision, layers[n], *end, mesh.tensor, parallel.zero, data, mesh.replicate)
-            for n, end in zip(numbers, ends, strict=True)
-        )
         outer = {"none": 0, "nesterov": 2}.get(config.outer.method, 1) * weight
         found.append(RankMemory([layers[n] for n in numbers], count.whole, state, float(most.activations),
                                 float(most.buffers), name, host, feedback, outer))  # fmt: skip
     return found
 
 
-def counted(stages: Sequence[Shapes], layers: Sequence[range], zero: int, shards: int) -> Parameters:
-    """Elements of the parameters of a rank with these stages."""
-    held = rest = head = embedding = block = largest = 0
-    tied = False
-    for shapes in stages:
-        for name, shape in shapes.items():
-            elements, whole = prod(shape), _block_norm(name)
-            held += elements if zero == 0 or whole else prod((-(-shape[0] // shards), *shape[1:]))
-            rest += 0 if name.startswith("blocks.") else elements
-            head += elements if name.startswith("head.") and len(shape) > 1 else 0
-        if "embed.tokens.weight" in shapes:
-            embedding += prod(shapes["embed.tokens.weight"])
-            if "head.norm.weight" in shapes:  # the decoder is the embedding
-                tied, head = True, head + prod(shapes["embed.tokens.weight"])
-        first = next((name.split(".")[1] for name in shapes if name.startswith("blocks.")), None)
-        if first is not None and not block:
-            own = {n: s for n, s in shapes.items() if n.startswith(f"blocks.{first}.") and not _block_norm(n)}
-            block, largest = sum(map(prod, own.values())), max(map(prod, own.values()))
-    whole = sum(prod(shape) for shapes in stages for shape in shapes.values())
-    return Parameters(whole, held, block, sum(map(len, layers)), max(map(len, layers)), rest, head, embedding, tied, largest)
+def of_stage(model: ModelConfig, layers: int, first: bool, last: bool, tensor: int, shards: int) -> Parameters:
+    """Elements of the parameters of one stage with so many blocks on a tensor rank, of `shards` that ZeRO cuts them over."""
+    block, ends = (parameter_shapes(model, range(n), *flags, tensor=tensor)
+                   for n, flags in ((1, (False, False)), (0, (first, last))))  # fmt: skip
+    matrices = {name: shape for name, shape in block.items() if not _block_norm(name)}
+
+    def held(shapes: Shapes) -> int:
+        return sum(prod(s if _block_norm(n) else (-(-s[0] // shards), *s[1:])) for n, s in shapes.items())
+
+    rest, tied = sum(map(prod, ends.values())), first and last
+    head = sum(prod(s) for n, s in ends.items() if n.startswith("head.") and len(s) > 1)
+    embedding = prod(ends["embed.tokens.weight"]) if first else 0
+    return Parameters(
+        whole=layers * sum(map(prod, block.values())) + rest,
+        held=layers * held(block) + held(ends),
+        block=sum(map(prod, matrices.values())),
+        blocks=layers,
+        longest=layers,
+        rest=rest,
+        head=head + (embedding if tied else 0),
+        embedding=embedding,
+        tied=tied,
+        largest=max(map(prod, matrices.values())),
+    )
 
 
-def _flight(config: Config, mesh: Mesh, rank: int, stages: int, micro_batches: int, last: bool) -> InFlight:
-    if mesh.pipeline == 1:
+def of_rank(stages: Sequence[Parameters]) -> Parameters:
+    """Of all stages of a rank."""
+    whole, held, block, blocks, longest, rest, head, embedding, tied, largest = zip(*stages, strict=True)
+    return Parameters(sum(whole), sum(held), block[0], sum(blocks), max(longest), sum(rest), sum(head), sum(embedding),
+                      any(tied), largest[0])  # fmt: skip
+
+
+def flight(schedule: str, rank: int, ranks: int, virtual: int, micro_batches: int, last: bool) -> InFlight:
+    """What a pipeline rank, or a rank without a pipeline, holds of activations; `last` where it has the head."""
+    if ranks == 1:
         return InFlight(1, 1, micro_batches > 1)
-    chunks, heads = in_flight(config.parallel.schedule, rank, mesh.pipeline, stages, micro_batches)
-    return InFlight(chunks, heads if last else 0, chunks < stages * micro_batches)
-
-
-def _size(config: Config, mesh: Mesh, micro_batches: int) -> int:
-    """Sequences of a micro-batch."""
-    return config.train.global_batch_size // mesh.data_ranks // micro_batches
+    chunks, heads = in_flight(schedule, rank, ranks, virtual, micro_batches)
+    return InFlight(chunks, heads if last else 0, chunks < virtual * micro_batches)
 
 
 def activations_of(
-    config: Config, mesh: Mesh, precision: Precision, micro_batches: int, device: Device
-) -> tuple[ActivationBytes, ActivationBytes]:
-    """Of one block and of the head, for one micro-batch."""
-    parallel, model, length = config.parallel, config.model, config.data.sequence_length
-    size, splits = _size(config, mesh, micro_batches), mesh.pipeline > 1 and SCHEDULES[parallel.schedule].splits_backward
-    ring = mesh.context > 1 and parallel.context_method == "ring"
+    config: Config, precision: Precision, device: Device, layout: ParallelConfig, size: int, recompute: Recompute
+) -> tuple[ActivationBytes, ActivationBytes, float]:
+    """Of one block and of the head, for one micro-batch of `size` sequences, and what one stage hands the next of it."""
+    model, length = config.model, config.data.sequence_length
+    ring = layout.context > 1 and layout.context_method == "ring"
+    splits = layout.pipeline > 1 and SCHEDULES[layout.schedule].splits_backward
+    fused = ring or costs.attention_is_fused(model, length, precision, device)
+    axes: Any = {"tensor": layout.tensor, "sequence": layout.sequence, "context": layout.context}
 
     def of(layers: int, head: bool) -> ActivationBytes:
         return costs.activation_bytes(
-            model, length, size, precision, parallel.recompute,
-            ring or costs.attention_is_fused(model, length, precision, device), layers=layers, head=head,
-            tensor=mesh.tensor, sequence=parallel.sequence, context=mesh.context, device=device, ring=ring, splits=splits,
+            model, length, size, precision, recompute, fused, layers=layers, head=head, device=device, ring=ring,
+            splits=splits, **axes,
         )  # fmt: skip
 
-    return of(1, False), of(0, True)
+    return of(1, False), of(0, True), costs.passing_bytes(model, length, size, precision, **axes)
+
+
+def fresh_bytes(config: Config, precision: Precision, layers: int, first: bool, last: bool, tensor: int) -> int:
+    """The second moments that 1-bit LAMB goes on to learn of the matrices of a stage beside those it has frozen."""
+    if config.compression.codec != "onebit_lamb":
+        return 0
+    shapes = parameter_shapes(config.model, range(layers), first, last, tensor=tensor)
+    return costs.state_bytes_per_parameter(precision).weight * sum(prod(s) for s in shapes.values() if len(s) > 1)
 
 
 def residual_bytes(
@@ -281,5 +298,9 @@ def residual_bytes(
     shards = data // replicas if zero and replicas > 1 else 1
     local = {name: (-(-rows // shards), *others) for name, (rows, *others) in shapes.items() if name not in copied}
     total = sum(prod(shape) for name, shape in local.items() if may_be_coded(compression, name, shape))
-    may_skip = precision == "fp16" and config.outer.method == "none"
-    return total * costs.state_bytes_per_parameter(precision).weight * (2 if may_skip else 1)
+    return total * costs.state_bytes_per_parameter(precision).weight
+
+
+def may_skip(config: Config, precision: Precision) -> bool:
+    """Whether residuals of a step are kept beside those before it until it is known that it counts."""
+    return precision == "fp16" and config.outer.method == "none"

@@ -59,6 +59,8 @@ class Sharing(NamedTuple):
     pipelined: bool
     passing: Number
     """Bytes of hidden states between two stages, of one micro-batch."""
+    undecided: Number = 0
+    """Bytes of new residuals beside the old ones, until it is known whether a step counts."""
 
 
 class InFlight(NamedTuple):
@@ -121,16 +123,18 @@ def moments(
             buckets + own,
             _copies(p, zero, flight.chunks - 1, others, 1, wide, narrow),
             (flight.chunks - 1) * chunk + others * head.saved + (block.saved + block.working) * (p.blocks > 0),
-            passing + wide * p.head * p.tied + _in_a_block(p, zero, scatters, sharing.accumulates, wide, narrow),
+            passing + wide * p.head * p.tied + _in_a_block(p, zero, scatters, sharing.accumulates, wide, narrow)
+            + sharing.undecided,
         ),
         "embedding": Moment(
             buckets + own,
             _copies(p, zero, flight.chunks - 1, others, 0, wide, narrow),
             (flight.chunks - 1) * chunk + others * head.saved,
-            passing + wide * (p.embedding * (1 + 2 * p.tied) + p.rest * scatters),
+            passing + wide * (p.embedding * (1 + 2 * p.tied) + p.rest * scatters) + sharing.undecided,
         ),
         "sum": Moment(
-            buckets + own, 0, 0, wide * p.whole * (zero == 0) * (sharing.replicated and sharing.pipelined),
+            buckets + own, 0, 0,
+            wide * p.whole * (zero == 0) * (sharing.replicated and sharing.pipelined) + sharing.undecided,
         ),
     }  # fmt: skip
     return found

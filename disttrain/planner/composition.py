@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from disttrain.memory import in_flight
 from disttrain.stages import stage_numbers, virtual_stages
 from disttrain.verify.layouts import Layout
 
@@ -32,17 +31,6 @@ class Composition(NamedTuple):
     """Which of these each pipeline rank is."""
 
 
-class Flight(NamedTuple):
-    """What a rank holds at most."""
-
-    rank: int
-    """Place in `Composition.ranks`."""
-    chunks: int
-    """Activations of one micro-batch in one stage each."""
-    heads: int
-    """How many of them are the last stage's."""
-
-
 def composition(layers: tuple[int, ...], schedule: str, pipeline: int) -> Composition:
     """`layers` of all stages, in order."""
     number = len(layers)
@@ -60,26 +48,11 @@ def composition(layers: tuple[int, ...], schedule: str, pipeline: int) -> Compos
     )
 
 
-def flights(found: Composition, schedule: str, micro_batches: int) -> tuple[Flight, ...]:
-    """Of ranks that are alike the one that holds most."""
-    pipeline = len(found.of_rank)
-    if pipeline == 1:
-        return (Flight(0, 1, 1),)
-    most: dict[int, tuple[int, int]] = {}
-    for rank, kind in enumerate(found.of_rank):
-        chunks, heads = in_flight(schedule, rank, pipeline, len(found.ranks[kind]), micro_batches)
-        before = most.get(kind, (0, 0))
-        most[kind] = max(before[0], chunks), max(before[1], heads)
-    return tuple(Flight(kind, *numbers) for kind, numbers in most.items())
-
-
 class Pipelines(NamedTuple):
-    """Compositions and flights of one model, remembered."""
+    """Compositions of one model, remembered."""
 
     of: Callable[[str, int, int], Composition]
     """(schedule, pipeline ranks, stages of each)."""
-    flights: Callable[[str, int, int, int], tuple[Flight, ...]]
-    """The same and micro-batches."""
 
 
 def pipelines(layers_of: Callable[[int], list[range]]) -> Pipelines:
@@ -90,11 +63,7 @@ def pipelines(layers_of: Callable[[int], list[range]]) -> Pipelines:
     def of(schedule: str, pipeline: int, virtual: int) -> Composition:
         return composition(lengths(pipeline * virtual), schedule, pipeline)
 
-    @cache
-    def held(schedule: str, pipeline: int, virtual: int, micro_batches: int) -> tuple[Flight, ...]:
-        return flights(of(schedule, pipeline, virtual), schedule, micro_batches)
-
-    return Pipelines(of, held)
+    return Pipelines(of)
 
 
 def virtual_of(layout: Layout) -> int:

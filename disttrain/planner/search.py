@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from disttrain import moments
 from disttrain.config.schema import Config
+from disttrain.costs import ActivationBytes
 from disttrain.loggers.readable import GIB
 from disttrain.planner import space
 from disttrain.planner.execution import Execution
@@ -140,45 +142,47 @@ class _Tables:
         self.config, self.world = predictor.config, predictor.world
         self.sizes = space.micro_batch_sizes(self.config, self.world, axes)
         self.share = self.config.train.global_batch_size // axes.data(self.world)
-        self.states, self.runtime, self.works = cache(self._states), cache(self._runtime), cache(self._works)
+        self.static, self.runtime, self.works = cache(self._static), cache(self._runtime), cache(self._works)
 
     def needed(self, cut: Cut, works: list[tuple[int, str]], zeros: tuple[tuple[int, int], ...]) -> np.ndarray:
         """Bytes of the worst rank [W, Z] for these micro-batches and recomputation, and these ZeRO stages."""
         footprint, pipeline = self.predictor.footprint, self.pipeline(cut)
         counts = [self.share // sequences for sequences, _ in works]
-        each = self.works(cut.sequence, tuple(works))
-        held = np.array([footprint.holding(*pipeline, count) for count in counts])  # [W, R, 2]: blocks, heads
-        working = np.maximum(each[:, None, 1] * (held[:, :, 0] > 0), each[:, None, 3] * (held[:, :, 1] > 0))
-        active = (each[:, None, 0] * held[:, :, 0] + each[:, None, 2] * held[:, :, 1] + working).T[:, :, None]
-        several = np.array(counts) > 1
-        needed = np.empty((len(works), len(zeros)))
-        for some in (False, True):
-            rows = several == some
-            if rows.any():
-                state, flat = self.states(SCHEDULES[cut.schedule].placement, pipeline[2], zeros, some)
-                needed[rows] = (state[:, None, :] + np.maximum(active[:, rows], flat[:, None, :])).max(0)
-        one = footprint.passing(space.layout_of(self.config, self.world, self.axes, cut, 0, 1, 1, "none"), 1)
-        return needed + one * np.array([[sequences] for sequences, _ in works]) + self.runtime(zeros)
+        held = [footprint.holding(*pipeline, count) for count in counts]
+        block, head, passing = self.works(cut, tuple(works))
+        several = np.array(counts)[:, None] > 1
+        zero, ranks = np.array([zero for zero, _ in zeros]), self.axes.data(self.world) * self.axes.context
+        sharing = moments.Sharing(zero, several, ranks > 1, self.axes.pipeline > 1, passing)
+        needed = np.zeros((len(works), len(zeros)))
+        for kind in range(len(held[0])):
+            parameters, static, feedback = self.static(SCHEDULES[cut.schedule].placement, pipeline[2], kind, zeros)
+            sharing = sharing._replace(undecided=feedback * footprint.skips)
+            flight = moments.InFlight(*(np.array(column)[:, None] for column in zip(*(h[kind] for h in held), strict=True)))
+            found = moments.moments(parameters, sharing, flight, block, head, *footprint.bytes)
+            for moment in found.values():
+                needed = np.maximum(needed, static + moment.total)
+        return needed + self.runtime(zeros)
 
     def pipeline(self, cut: Cut) -> tuple[str, int, int]:
         """Schedule, ranks, stages of each."""
         ranks = self.axes.pipeline
         return cut.schedule, ranks, virtual_stages(cut.schedule, cut.virtual) if ranks > 1 else 1
 
-    def _states(
-        self, placement: str, virtual: int, zeros: tuple[tuple[int, int], ...], several: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Of every kind of rank [R, Z] beside activations, and of the copies of all gradients."""
+    def _static(
+        self, placement: str, virtual: int, kind: int, zeros: tuple[tuple[int, int], ...]
+    ) -> tuple[moments.Parameters, np.ndarray, np.ndarray]:
+        """Of one kind of rank: elements, bytes that are always there [Z], and residuals among them [Z]."""
         ranks = self.axes.data(self.world) * self.axes.context
         schedule = next(name for name, facts in SCHEDULES.items() if facts.placement == placement)
-        state, flat = [], []
+        found = []
         for zero, replicas in zeros:
             shards = ranks // replicas if zero else 1
-            sharing = Sharing(self.axes.tensor, zero, shards, ranks // shards, several)
-            kinds = self.predictor.footprint.state(schedule, self.axes.pipeline, virtual, sharing)
-            state.append([sum(kind[:6]) for kind in kinds])
-            flat.append([kind.flat for kind in kinds])
-        return np.array(state, dtype=float).T, np.array(flat, dtype=float).T
+            sharing = Sharing(self.axes.tensor, zero, shards, ranks // shards)
+            found.append(self.predictor.footprint.static(schedule, self.axes.pipeline, virtual, kind, sharing))
+        held = np.array([one.parameters.held for one in found])
+        feedback = np.array([one.feedback for one in found], dtype=float)
+        static = feedback + np.array([one.weights + one.optimizer for one in found], dtype=float)
+        return found[0].parameters._replace(held=held), static, feedback
 
     def _runtime(self, zeros: tuple[tuple[int, int], ...]) -> np.ndarray:
         """[Z]."""
@@ -186,11 +190,14 @@ class _Tables:
         layouts = [space.layout_of(self.config, self.world, self.axes, cut, *zero, 1, "none") for zero in zeros]
         return np.array([self.predictor.footprint.runtime(layout) for layout in layouts])
 
-    def _works(self, sequence: bool, works: tuple[tuple[int, str], ...]) -> np.ndarray:
-        """[W, 4]: saved and working, of a block and of the head."""
-        active = self.predictor.footprint.active
-        found = (active(n, self.axes.tensor, sequence, self.axes.context, recompute) for n, recompute in works)
-        return np.array([[*block, *head] for block, head in found])
+    def _works(
+        self, cut: Cut, works: tuple[tuple[int, str], ...]
+    ) -> tuple[ActivationBytes, ActivationBytes, np.ndarray]:
+        """Of a block, of the head, and between stages, each [W, 1]."""
+        axes = self.axes.tensor, cut.sequence, self.axes.context, cut.context_method, self.axes.pipeline, cut.schedule
+        found = [self.predictor.footprint.active(sequences, recompute, *axes) for sequences, recompute in works]
+        table = np.array([[*block, *head, passing] for block, head, passing in found])[:, :, None]
+        return ActivationBytes(table[:, 0], table[:, 1]), ActivationBytes(table[:, 2], table[:, 3]), table[:, 4]
 
 
 def _fitting(tables: _Tables, cut: Cut, memory_bytes: float, tally: _Tally) -> Iterator[_Candidate]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -100,11 +100,15 @@ class Recorder(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._numbers: Counter[tuple] = Counter()
         self._started: set[Done] = set()
-        self._lock = Lock()
+        self._lock = RLock()
+        """Gradients may be coded by a thread of their own, and FakeTensorMode knows only one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """One operator of torch."""
-        kwargs = kwargs or {}
+        with self._lock:
+            return self._done(func, types, args, kwargs or {})
+
+    def _done(self, func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # half of all calls
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -154,18 +158,17 @@ class Recorder(TorchDispatchMode):
             key = (group.group_name, operation, *ends, tag)
         if operation == "broadcast" and len(args) > 2 and isinstance(args[2], int):
             operation = f"broadcast from rank {members[args[2]]}"
-        with self._lock:
-            self._numbers[key] += 1
-            call = Call(
-                "/".join(str(part) for part in key if part not in ("send", "receive")), group.group_desc, members,
-                self._numbers[key], operation, tuple(tuple(x.shape) for x in tensors),
-                str(tensors[0].dtype).removeprefix("torch.") if tensors else "", False, len(self.trace.recorded),
-            )  # fmt: skip
-            greets = ends is not None and tensors[0].numel() == 1  # torch's stages do before their first step
-            handed = 0 if operation == "receive" else sum(x.nbytes for x in tensors)
-            self.trace.recorded.append(
-                Recorded(call, stacks.place(_stack()), "start" if greets else self.phase, handed, ends)
-            )
+        self._numbers[key] += 1
+        call = Call(
+            "/".join(str(part) for part in key if part not in ("send", "receive")), group.group_desc, members,
+            self._numbers[key], operation, tuple(tuple(x.shape) for x in tensors),
+            str(tensors[0].dtype).removeprefix("torch.") if tensors else "", False, len(self.trace.recorded),
+        )  # fmt: skip
+        greets = ends is not None and tensors[0].numel() == 1  # torch's stages do before their first step
+        handed = 0 if operation == "receive" else sum(x.nbytes for x in tensors)
+        self.trace.recorded.append(
+            Recorded(call, stacks.place(_stack()), "start" if greets else self.phase, handed, ends)
+        )
 
 
 def _is_real(tensor: Tensor) -> bool:

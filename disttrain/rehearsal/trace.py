@@ -24,7 +24,7 @@ from disttrain.parallel.meeting import count_groups_from_zero
 from disttrain.rehearsal.fakes import Recorder, shards_stay
 from disttrain.rehearsal.live import Ledger, counting, follow
 from disttrain.rehearsal.records import LiveBytes, Trace
-from disttrain.verify.batches import micro_batches, random_batch
+from disttrain.verify.batches import IGNORED, micro_batches, random_batch
 
 COUNTED = "a step"
 """Name of the step whose peak is told."""
@@ -111,6 +111,10 @@ def batches_of(config: Config, mesh: Mesh, rank: int, step: int) -> list[Batch]:
     at, rehearsed = mesh.data_rank(rank), steps(config)
     share = config.train.global_batch_size // mesh.data_ranks
     rows = random_batch(with_values(config, {"train.global_batch_size": share}), (config.run.seed, step, at))
+    if config.model.family == "bert":  # memory goes by how many are predicted
+        masked = np.random.default_rng((config.run.seed, step, at)).random(rows["targets"].shape)
+        masked[:, 0] = 0
+        rows = {**rows, "targets": np.where(masked < config.data.mlm_probability, rows["targets"], IGNORED)}
     numbers = np.arange(at * share, (at + 1) * share, dtype=np.int64)
     batches = micro_batches({**rows, "samples": numbers}, 0, 1, config.train.micro_batch_size)
     return batches[:1] if step in rehearsed[:-1] and mesh.pipeline == 1 else batches
