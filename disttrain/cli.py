@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from disttrain import checking, checkpoint_commands, planning
+from disttrain import calibrating, checking, checkpoint_commands, planning
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
 
@@ -44,6 +44,7 @@ app.add_typer(checkpoint_commands.app, name="checkpoint")
 app.command("export")(checkpoint_commands.export)
 app.command("import")(checkpoint_commands.import_model)
 app.command("check")(checking.check)
+app.command("calibrate")(calibrating.calibrate)
 app.command("plan")(planning.plan)
 app.command("explain")(reading.show)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]

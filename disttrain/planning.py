@@ -2,10 +2,15 @@
 
 import json as json_text
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from disttrain.config.schema import Config
+    from disttrain.planner.speeds import Speeds
 
 
 def plan(
@@ -29,6 +34,11 @@ def plan(
     top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 10,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: seconds, bytes, shares.")] = False,
     out: Annotated[Path | None, typer.Option(help="File to write: the config under the fastest layout.")] = None,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Train a sample of layouts on this machine, and show how wrong that was.")
+    ] = False,
+    sample: Annotated[int, typer.Option(min=1, help="Layouts to train.")] = 8,
+    table: Annotated[Path | None, typer.Option(help="Markdown file of the validation, or page with a place for it.")] = None,
 ) -> None:
     """Rank every legal layout by predicted step time and memory, and say why others are rejected; writes the best config."""
     from rich.console import Console
@@ -38,10 +48,16 @@ def plan(
     from disttrain.planner import report
     from disttrain.planner.search import search
 
+    if table is not None and not validate:
+        raise typer.BadParameter("there is a table with --validate only", param_hint="--table")
+    if json and validate:
+        raise typer.BadParameter("a validation is a table: --json or --validate", param_hint="--json")
     given = load(config, overrides or [])
     settings = planning.plannable(given)
     speeds = planning.speeds_for(settings, device, gpus, gpus_per_host, between_gbps)
     planning.refuse_hopeless(settings, gpus)
+    if validate:
+        planning.refuse_validation(given, device, speeds, gpus)
     limit = speeds.memory_bytes * (1 - headroom)
     found = search(settings, gpus, speeds, limit, keep=top)
     if json:
@@ -58,3 +74,27 @@ def plan(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(planning.planned(given, found.best[0].layout), encoding="utf-8")
         typer.echo(f"written: {out}, {found.best[0].layout.name}", err=json)
+    if validate:
+        raise typer.Exit(_validate(given, settings, gpus, speeds, limit, sample, table))
+
+
+def _validate(
+    given: "Config", settings: "Config", world: int, speeds: "Speeds", limit: float, sample: int, table: Path | None
+) -> int:
+    """Train the sample, show and write the table; 1 where a layout could not be trained."""
+    from rich.console import Console
+
+    from disttrain.planner import validated
+    from disttrain.planner.validation import validate
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with tempfile.TemporaryDirectory(prefix="disttrain-validation-") as folder:
+        found = validate(
+            given, settings, world, speeds, limit, sample, given.run.seed, Path(folder),
+            lambda text: console.print(text, style="dim", highlight=False),
+        )  # fmt: skip
+    console.print(validated.shown(found), highlight=False)
+    if table is not None:
+        validated.write(table, validated.markdown(found, settings, world, speeds))
+        typer.echo(f"written: {table}")
+    return 1 if len(found.good) < len(found.trained) else 0

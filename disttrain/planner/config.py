@@ -4,6 +4,7 @@ import difflib
 import os
 from pathlib import Path
 
+from disttrain import data
 from disttrain.config.load import dump, with_values
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
@@ -53,6 +54,19 @@ def refuse_hopeless(config: Config, world: int) -> None:
         problems += Layout(world).problems(config)
     if problems:
         raise RefusedInput([problem for at, problem in enumerate(problems) if problem not in problems[:at]])
+
+
+def refuse_validation(config: Config, device: str, speeds: Speeds, world: int) -> None:
+    """Raises RefusedInput where this machine cannot train the config's layouts on so many ranks."""
+    problems = data.preflight(config)
+    if speeds.unit is not None:
+        problems.append(Problem((f"--device {device}", "--validate"), "layouts are trained on this machine",
+                                "run `disttrain calibrate` and use --device measured"))  # fmt: skip
+    elif world > speeds.ranks_per_host:
+        problems.append(Problem((f"--gpus {world}", "--validate"), f"{speeds.ranks_per_host} ranks of this host were measured",
+                                f"run `disttrain calibrate --nproc {world}`, or use --gpus {speeds.ranks_per_host}"))  # fmt: skip
+    if problems:
+        raise RefusedInput(problems)
 
 
 def speeds_for(

@@ -96,6 +96,15 @@ def walk(
     return handed, None if ledger is None else ledger.peak((COUNTED, "evaluation"))
 
 
+def count_here(rank: int, config: Config) -> LiveBytes:
+    """The same peak of a real rank of the world that is up, with real tensors and messages."""
+    mesh = build_mesh(config.parallel, dist.get_world_size())
+    with counting() as ledger:
+        _, live = walk(rehearsed(config, mesh), mesh, rank, ledger)
+    assert live is not None
+    return live
+
+
 def rehearsed(config: Config, mesh: Mesh) -> Config:
     """The config on a CPU, its blocks not compiled, with what is open decided."""
     share = config.train.global_batch_size // mesh.data_ranks
