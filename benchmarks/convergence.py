@@ -143,7 +143,7 @@ def existing(name: str) -> Path:
 
 def train(commit: str | None, name: str, model: str, seed: int, data: Path, words: Sequence[str], scratch: Path) -> Run:
     """One run in fresh processes. The tokens and the vocabulary are prepared by the first run of a model."""
-    label = f"{model}-{name}-{seed}"
+    label = f"{model}-{name.replace(', ', '-').replace(' ', '_')}-{seed}"
     mine = [*words, *CONTESTANTS[name]]
     command = [sys.executable, "-m", "disttrain", "train", str(HERE / MODELS[model]), "--nproc", str(RANKS),
                f"data.path={data / 'train.txt'}", f"data.held_out_path={data / 'valid.txt'}",
