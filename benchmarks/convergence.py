@@ -50,6 +50,7 @@ CONTESTANTS: dict[str, tuple[str, ...]] = {
     "local SGD, 8 steps": ("outer.method=average", "outer.every=8"),
     "DiLoCo, 8 steps": ("outer.method=nesterov", "outer.every=8"),
     "DiLoCo, 8 steps, int4": ("outer.method=nesterov", "outer.every=8", "compression.codec=int4"),
+    "DiLoCo, 32 steps, int8": ("outer.method=nesterov", "outer.every=32", "compression.codec=int8"),
     "Adasum": ("outer.method=adasum", "outer.every=1"),
 }
 """Name -> what it changes in the config; all else is the same. A new method is a line here and `--only NAME`."""
