@@ -66,7 +66,7 @@ def test_sweep_is_an_array_of_runs(login: Login) -> None:
         assert login.records(name, "step")[1]["learning_rate"] == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("script", ["train.sbatch", "train_srun.sbatch", "train_horovod.sbatch"])
+@pytest.mark.parametrize("script", ["train.sbatch", "train_horovod.sbatch"])
 def test_a_warning_saves_and_requeues(script: str, login: Login, reference: Login) -> None:
     """SIGUSR1 to the batch script, as Slurm sends it before the time limit: checkpoint, queue, exactly on from there."""
     if script == "train_horovod.sbatch":  # of interest here is how mpirun ends
