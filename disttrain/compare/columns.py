@@ -52,11 +52,22 @@ def _price(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def columns(comparison: Comparison) -> list[Column]:
-    """The columns of this comparison, in order."""
+TABLES = ("Speed, memory and learning", "Communication and use of the hardware")
+"""Where there is room for two tables, these are their titles."""
+
+
+def columns(comparison: Comparison, table: str | None = None) -> list[Column]:
+    """The columns of this comparison in order, or those of one of `TABLES`."""
+    has = {key for s in comparison.strategies for key, value in s.values.items() if value is not None}
+    parts = dict(zip(TABLES, (_main(comparison), _hardware()), strict=True))
+    chosen = [column for name, part in parts.items() if table in (None, name) for column in part]
+    return [column for column in chosen if not column.if_known or column.key in has]
+
+
+def _main(comparison: Comparison) -> list[Column]:
     tokens, seconds = readable.count(comparison.equal_tokens), readable.duration(comparison.equal_seconds)
     memory = "reserved device memory" if comparison.on_device else "resident host memory, libraries included,"
-    every = [
+    return [
         Column("ranks", "ranks", "processes that train together", _whole),
         Column("tokens_per_second", "tokens/s", "tokens trained on per second by all ranks together, after the first "
                "steps; median of the repeats", _rate, "high"),
@@ -71,6 +82,15 @@ def columns(comparison: Comparison) -> list[Column]:
                "in steps, which every run has trained: who learns most in the same time", readable.loss, "low"),
         Column("eval_loss", "held-out loss", "loss at the end of the run, nats, on text it was not trained on",
                readable.loss, "low"),
+        Column("cost_per_million_tokens", f"{comparison.currency} per 1M tokens", "price of all ranks for as long as a "
+               "million tokens take", _price, "low", if_known=True),
+        Column("skipped_steps", "skipped", "updates left out because a gradient was no number", _whole),
+        Column("repeats", "repeats", "runs that the medians are of", _whole),
+    ]  # fmt: skip
+
+
+def _hardware() -> list[Column]:
+    return [
         Column("comm_bytes_per_step", "handed over", "bytes a step that the busiest rank hands to collectives",
                _bytes, "low"),
         Column("comm_bytes_uncompressed_per_step", "uncompressed", "the same, had no codec been used", _bytes),
@@ -87,18 +107,12 @@ def columns(comparison: Comparison) -> list[Column]:
         Column("mfu_full", "MFU full", "the same with attention counted over the whole square, as many papers do",
                readable.percent, "high"),
         Column("hfu", "HFU", "the same with what is really executed, recomputation included", readable.percent),
-        Column("cost_per_million_tokens", f"{comparison.currency} per 1M tokens", "price of all ranks for as long as a "
-               "million tokens take", _price, "low", if_known=True),
-        Column("skipped_steps", "skipped", "updates left out because a gradient was no number", _whole),
-        Column("repeats", "repeats", "runs that the medians are of", _whole),
     ]  # fmt: skip
-    has = {key for s in comparison.strategies for key, value in s.values.items() if value is not None}
-    return [column for column in every if not column.if_known or column.key in has]
 
 
-def best(column: Column, strategies: list[Measured]) -> float | None:
-    """The best value of a column; None where neither end is better, or all are equal."""
+def best(column: Column, strategies: list[Measured]) -> str | None:
+    """The best value of a column as it is shown; None where neither end is better, or all show the same."""
     known = [v for s in strategies if (v := s.values[column.key]) is not None and v == v]
-    if column.best is None or len(set(known)) < 2:
+    if column.best is None or len(set(map(column.show, known))) < 2:
         return None
-    return max(known) if column.best == "high" else min(known)
+    return column.show(max(known) if column.best == "high" else min(known))

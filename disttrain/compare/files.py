@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterator
 
-from disttrain.compare.columns import columns
+from disttrain.compare.columns import TABLES, columns
 from disttrain.compare.comparison import Comparison
 from disttrain.compare.sentences import caveats, findings, glossary, subject
 
@@ -15,22 +15,24 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _markdown(comparison: Comparison) -> Iterator[str]:
-    shown = columns(comparison)
     yield f"# Comparison: {comparison.name}\n\n{subject(comparison)}.\n"
     yield from (f"- {text}" for text in findings(comparison))
     yield "\nTo keep in mind:\n"
     yield from (f"- {text}" for text in caveats(comparison))
     yield "\n![Throughput, memory and loss](report.png)\n"
-    yield "## All strategies\n\nA star is on the Pareto front of throughput and memory.\n"
-    yield f"| strategy | {' | '.join(c.title for c in shown)} |"
-    yield f"| --- |{' ---: |' * len(shown)}"
-    for s in comparison.strategies:
-        star = " \N{BLACK STAR}" if s.name in comparison.front else ""
-        yield f"| {s.name}{star} | {' | '.join(c.show(s.values[c.key]) for c in shown)} |"
+    yield "A star is on the Pareto front of throughput and memory.\n"
+    for title in TABLES:
+        shown = columns(comparison, title)
+        yield f"## {title}\n\n| strategy | {' | '.join(c.title for c in shown)} |\n| --- |{' ---: |' * len(shown)}"
+        for s in comparison.strategies:
+            star = " \N{BLACK STAR}" if s.name in comparison.front else ""
+            yield f"| {s.name}{star} | {' | '.join(c.show(s.values[c.key]) for c in shown)} |"
+        yield ""
     if comparison.not_run:
-        yield "\n## What could not run, and why\n\n| strategy | what became of it | why |\n| --- | --- | --- |"
+        yield "## What could not run, and why\n\n| strategy | what became of it | why |\n| --- | --- | --- |"
         yield from (f"| {n.name} | {n.state} | {_cell(n.reason)} |" for n in comparison.not_run)
-    yield "\n## What the strategies are\n\n| strategy | what it is | settings of its own |\n| --- | --- | --- |"
+        yield ""
+    yield "## What the strategies are\n\n| strategy | what it is | settings of its own |\n| --- | --- | --- |"
     for s in comparison.strategies:
         words = " ".join(s.group.settings)
         yield f"| {s.name} | {_cell(s.group.about or '-')} | {f'`{_cell(words)}`' if words else '-'} |"

@@ -12,7 +12,7 @@ from disttrain.report import Run
 Values = dict[str, float | None]
 
 LAST_SHARE = 0.1
-"""A loss at so many tokens or seconds is the mean of the records in the tenth before that point."""
+"""A loss at so many tokens or seconds is the mean of the records in the tenth before that point, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,12 @@ def curve(run: Run) -> Curve:
 
 
 def loss_at(points: Sequence[float], losses: Sequence[float], end: float) -> float | None:
-    """Mean of the losses at points in (0.9 end, end]; None where no record is there."""
-    inside = [loss for point, loss in zip(points, losses, strict=True) if (1 - LAST_SHARE) * end < point <= end]
+    """Mean of the losses at points in (0.9 end, end], or the last loss before them; None where there is none either.
+
+    `points` rise.
+    """
+    until = [(point, loss) for point, loss in zip(points, losses, strict=True) if point <= end]
+    inside = [loss for point, loss in until if point > (1 - LAST_SHARE) * end] or [loss for _, loss in until[-1:]]
     return sum(inside) / len(inside) if inside else None
 
 

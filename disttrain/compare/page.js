@@ -17,6 +17,7 @@ function themed(layout) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: text, size: 12.5, family: "system-ui, sans-serif" },
     hoverlabel: { align: "left" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: "#8a94a3", activecolor: text },
     xaxis: { ...axis, ...layout.xaxis },
     yaxis: { ...axis, ...layout.yaxis },
   };
@@ -24,7 +25,7 @@ function themed(layout) {
 
 function draw() {
   for (const plot of plots) {
-    const options = { responsive: true, displaylogo: false };
+    const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
     Plotly.react(plot.key, plot.data, themed(plot.layout), options);
   }
 }

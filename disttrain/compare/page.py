@@ -7,7 +7,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from disttrain.compare.columns import Column, best, columns
+from disttrain.compare.columns import TABLES, Column, best, columns
 from disttrain.compare.comparison import Comparison, Measured
 from disttrain.compare.plots import Plot, plots, styles
 from disttrain.compare.sentences import caveats, findings, glossary, subject
@@ -28,13 +28,16 @@ def html(comparison: Comparison) -> str:
         f"<h1>Comparison: {escape(comparison.name)}</h1>",
         f'<p class="dim">{escape(subject(comparison))}</p>',
         *_short(comparison),
-        "<h2>All strategies</h2>",
+        f"<h2>{TABLES[0]}</h2>",
         f'<p class="dim">Click a heading to sort. Green is the best of a column, a <span class="star">&#9733;</span> is on '
         f"the Pareto front. The baseline is {escape(comparison.baseline)}. What the columns mean stands "
         '<a href="#columns">below</a>.</p>',
-        _table(comparison),
+        _table(comparison, TABLES[0]),
         *_not_run(comparison),
-        *(_plot(plot) for plot in drawn),
+        *(_plot(plot) for plot in drawn if plot.of_learning),
+        f"<h2>{TABLES[1]}</h2>",
+        _table(comparison, TABLES[1]),
+        *(_plot(plot) for plot in drawn if not plot.of_learning),
         *_strategies(comparison),
         '<h2 id="columns">What the columns mean</h2>',
         "<dl>" + "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in glossary(comparison)) + "</dl>",
@@ -55,8 +58,8 @@ def _short(comparison: Comparison) -> Iterator[str]:
     yield "</ul></div>"
 
 
-def _table(comparison: Comparison) -> str:
-    shown = columns(comparison)
+def _table(comparison: Comparison, which: str) -> str:
+    shown = columns(comparison, which)
     heads = ['<th data-key="name" title="sort by name">strategy</th>']
     heads += [f'<th data-key="{c.key}" title="{escape(c.meaning)}">{escape(c.title)}</th>' for c in shown]
     bests = [best(c, comparison.strategies) for c in shown]
@@ -65,17 +68,18 @@ def _table(comparison: Comparison) -> str:
             + "\n</tbody></table></div>")  # fmt: skip
 
 
-def _row(comparison: Comparison, s: Measured, shown: list[Column], bests: list[float | None]) -> str:
+def _row(comparison: Comparison, s: Measured, chosen: list[Column], bests: list[str | None]) -> str:
     colour = styles(comparison)[s.name].colour
     star = ' <span class="star" title="on the Pareto front">&#9733;</span>' if s.name in comparison.front else ""
     title = escape(s.group.about or " ".join(s.group.settings) or "the config as it is")
     cells = [f'<td data-value="{escape(s.name)}" title="{title}"><span class="dot" style="background:{colour}"></span>'
              f"{escape(s.name)}{star}</td>"]  # fmt: skip
-    for column, top in zip(shown, bests, strict=True):
+    for column, top in zip(chosen, bests, strict=True):
         value = s.values[column.key]
         known = value is not None and value == value
-        good = ' class="best"' if known and value == top else ""
-        cells.append(f'<td{good} data-value="{value if known else ""}">{escape(column.show(value))}</td>')
+        shown = column.show(value)
+        good = ' class="best"' if known and shown == top else ""
+        cells.append(f'<td{good} data-value="{value if known else ""}">{escape(shown)}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
 

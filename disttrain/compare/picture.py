@@ -4,11 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.compare.comparison import Comparison
-from disttrain.compare.plots import front_line, styles, thinned
+from disttrain.compare.plots import front_line, placed, styles, thinned
 from disttrain.loggers import readable
 
 LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 MARKERS = {"circle": "o", "diamond": "D", "square": "s", "cross": "P"}
+PANEL_PX = (520, 380)
+"""Size of the panel with names in it."""
+OFFSETS = {"top": ((0, 6), "center", "bottom"), "bottom": ((0, -6), "center", "top"), "right": ((6, 0), "left", "center"),
+           "left": ((-6, 0), "right", "center")}  # fmt: skip
+"""Sides of a point in matplotlib's words: distance in points, alignment."""
 
 
 def draw(comparison: Comparison, path_png: Path) -> None:
@@ -52,15 +57,14 @@ def _memory(axes: Any, comparison: Comparison) -> None:
     looks, line = styles(comparison), front_line(comparison)
     axes.step([m / readable.MIB for m, _ in line], [r for _, r in line], where="post", color="#888888", linestyle=":",
               linewidth=1.2)  # fmt: skip
-    for s in comparison.strategies:
-        memory, rate = s.values["memory_bytes"], s.values["tokens_per_second"]
-        if memory is None or rate is None:
-            continue
+    for s, memory, rate, side in reversed(placed(comparison, *PANEL_PX)):
         on_front = s.name in comparison.front
         marker = "*" if on_front else MARKERS[looks[s.name].symbol]
         axes.plot(memory / readable.MIB, rate, marker, color=looks[s.name].colour, markersize=13 if on_front else 6)
-        axes.annotate(s.name, (memory / readable.MIB, rate), xytext=(0, 7), textcoords="offset points", ha="center",
-                      fontsize=7)  # fmt: skip
+        if side:
+            shift, across, up = OFFSETS[side]
+            axes.annotate(s.name, (memory / readable.MIB, rate), xytext=shift, textcoords="offset points", ha=across, va=up,
+                          fontsize=7)  # fmt: skip
     what = "reserved device memory" if comparison.on_device else "resident host memory"
     axes.set_xlabel(f"{what} of the worst rank, MiB")
     axes.set_ylabel("tokens per second")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disttrain.compare.comparison import Comparison, Measured
+from disttrain.compare.labels import Side, sides
 from disttrain.loggers import readable
 
 COLOURS = ("#3b82c4", "#e8833a", "#3fa66b", "#d64f5c", "#8d6cc4", "#a0703f", "#d973b5", "#7f8a99", "#b5ab2e", "#31b1bd")
@@ -15,6 +16,10 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "cross")
 POINTS = 150
 """Points of a loss curve at the most; each is a mean of as many records as that takes."""
+FRONT_PX = (1000, 450)
+"""Width and height that the plot of the front has at least on a screen."""
+POSITIONS = {"top": "top center", "bottom": "bottom center", "right": "middle right", "left": "middle left"}
+"""Sides in plotly's words."""
 ROW_PX, FRAME_PX = 26, 110
 """Height of a bar, and of what is around the bars."""
 
@@ -28,6 +33,11 @@ class Plot:
     caption: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
+
+    @property
+    def of_learning(self) -> bool:
+        """Whether it is about speed, memory and loss, or about what the hardware does."""
+        return self.key in ("front", "throughput", "loss_tokens", "loss_seconds")
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,17 @@ def front_line(comparison: Comparison) -> list[tuple[float, float]]:
     return sorted((memory, rate) for memory, rate in points if memory is not None and rate is not None)
 
 
+def placed(
+    comparison: Comparison, width_px: float, height_px: float
+) -> list[tuple[Measured, float, float, Side | None]]:
+    """(strategy, memory in bytes, tokens/s, side of its name), those on the front first, in a plot of this size."""
+    known = [(s, memory, rate) for s in comparison.strategies if (memory := s.values["memory_bytes"]) is not None
+             and (rate := s.values["tokens_per_second"]) is not None]  # fmt: skip
+    known.sort(key=lambda each: each[0].name not in comparison.front)
+    where = sides([(memory, rate) for _, memory, rate in known], [s.name for s, _, _ in known], width_px, height_px)
+    return [(*each, side) for each, side in zip(known, where, strict=True)]
+
+
 def thinned(points: Sequence[float], losses: Sequence[float]) -> tuple[list[float], list[float | None]]:
     """A curve of at most POINTS points: each the last point and the mean loss of its records; None where that is nan."""
     size = max(1, -(-len(points) // POINTS))
@@ -80,19 +101,17 @@ def _front(comparison: Comparison) -> Plot:
     data.append({"type": "scatter", "mode": "lines", "x": [m / readable.MIB for m, _ in line], "y": [r for _, r in line],
                  "line": {"shape": "hv", "width": 1.5, "dash": "dot", "color": "#888888"}, "hoverinfo": "skip",
                  "name": "Pareto front", "showlegend": False})  # fmt: skip
-    for s in comparison.strategies:
-        memory, rate = s.values["memory_bytes"], s.values["tokens_per_second"]
-        if memory is None or rate is None:
-            continue
-        on_front = s.name in comparison.front
-        marker = {"color": looks[s.name].colour, "symbol": "star" if on_front else looks[s.name].symbol,
-                  "size": 15 if on_front else 10, "line": {"width": 1, "color": "rgba(128,128,128,0.6)"}}  # fmt: skip
+    for s, memory, rate, side in reversed(placed(comparison, *FRONT_PX)):
+        on_front, look = s.name in comparison.front, looks[s.name]
+        marker = {"color": look.colour, "symbol": "star" if on_front else look.symbol, "size": 15 if on_front else 10,
+                  "line": {"width": 1, "color": "rgba(128,128,128,0.6)"}}  # fmt: skip
         data.append({"type": "scatter", "mode": "markers+text", "x": [memory / readable.MIB], "y": [rate], "name": s.name,
-                     "text": [s.name], "textposition": "top center", "textfont": {"size": 10}, "marker": marker,
-                     "error_y": _error(s), "hovertext": [_hover(s)], "hoverinfo": "text"})  # fmt: skip
+                     "text": [s.name if side else ""], "textposition": POSITIONS[side or "top"], "textfont": {"size": 10},
+                     "marker": marker, "error_y": _error(s), "hovertext": [_hover(s)], "hoverinfo": "text"})  # fmt: skip
     what = "reserved device memory" if comparison.on_device else "resident host memory"
     layout = {"xaxis": {"title": {"text": f"{what} of the worst rank, MiB"}},
-              "yaxis": {"title": {"text": "tokens per second"}}, "height": 560, "showlegend": False}  # fmt: skip
+              "yaxis": {"title": {"text": "tokens per second"}}, "showlegend": False,
+              "height": FRONT_PX[1] + FRAME_PX}  # fmt: skip
     caption = ("Up is faster, left needs less memory. Stars are on the Pareto front: nothing else is as fast with as little "
                "memory. Bars go from the slowest to the fastest repeat.")  # fmt: skip
     return Plot("front", "Throughput and memory", caption, data, layout)
@@ -158,7 +177,7 @@ def _communication(comparison: Comparison) -> Plot | None:
         for key, (label, colour) in kinds.items()
     ]  # fmt: skip
     layout = {"xaxis": {"title": {"text": "MiB a step, of the rank with the most"}}, "barmode": "group",
-              "yaxis": {"automargin": True}, **_bars(2 * len(sending)), "legend": _LEGEND}  # fmt: skip
+              "yaxis": {"automargin": True}, **_bars(1.4 * len(sending)), "legend": _LEGEND}  # fmt: skip
     return Plot("communication", "Communication", "What ranks send each other in a step; a single process sends nothing.",
                 data, layout)  # fmt: skip
 
@@ -200,8 +219,8 @@ def _mfu(comparison: Comparison) -> Plot | None:
 _LEGEND = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "traceorder": "reversed"}
 
 
-def _bars(rows: int) -> dict[str, Any]:
-    return {"height": ROW_PX * rows + FRAME_PX}
+def _bars(rows: float) -> dict[str, Any]:
+    return {"height": round(ROW_PX * rows + FRAME_PX)}
 
 
 def _error(s: Measured) -> dict[str, Any]:

@@ -47,17 +47,18 @@ def findings(comparison: Comparison) -> list[str]:
 def _best(
     comparison: Comparison, label: str, key: str, end: Callable, show: Callable[[float | None], str]
 ) -> str | None:
-    """The best strategy by one number beside the baseline; None where nobody has it or all are equal."""
-    known = [s for s in comparison.strategies if (v := s.values[key]) is not None and v == v]
-    if len({s.values[key] for s in known}) < 2:
+    """The best strategy by one number beside the baseline; None where nobody has it or all show the same."""
+    known = {s.name: v for s in comparison.strategies if (v := s.values[key]) is not None and v == v}
+    value = end(known.values(), default=None)
+    first = [name for name, v in known.items() if show(v) == show(value)]
+    if len(first) == len(known):
         return None
-    first = end(known, key=lambda s: s.values[key])
-    base = comparison.strategy(comparison.baseline)
-    value, other = first.values[key], base.values[key]
-    if first is base or other is None or value is None:
-        return f"{label}: {first.name}, {show(value)}{' (the baseline)' if first is base else ''}."
-    times = f", {value / other:.2f} times" if key == "tokens_per_second" and other else ""
-    return f"{label}: {first.name}, {show(value)} ({base.name}, the baseline: {show(other)}{times})."
+    names = ", ".join(first[:3]) + (f" and {len(first) - 3} others" if len(first) > 3 else "")
+    other = known.get(comparison.baseline)
+    if comparison.baseline in first or other is None:
+        return f"{label}: {names}, {show(value)}{' (the baseline)' if len(first) == 1 and other is not None else ''}."
+    times = f", {value / other:.2f} times" if key == "tokens_per_second" else ""
+    return f"{label}: {names}, {show(value)} ({comparison.baseline}, the baseline: {show(other)}{times})."
 
 
 def caveats(comparison: Comparison) -> list[str]:
