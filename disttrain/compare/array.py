@@ -34,7 +34,7 @@ def script(sweep: Sweep, plan: Plan, words: Sequence[str], python: str) -> str:
 
 def _problems(plan: Plan, job: slurm_script.Job) -> Iterator[Problem]:
     room = job.nodes * job.ranks
-    for s in plan.strategies:
+    for s in [s for s in plan.strategies if not s.refused]:
         if s.nproc > room:
             yield Problem((f"strategy {s.name}, nproc={s.nproc}", f"slurm.nodes={job.nodes}"),
                           f"a task has room for {room} ranks", "give more nodes or ranks_per_node below slurm:")  # fmt: skip

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.compare.comparison import Comparison
+from disttrain.compare.labels import Side
 from disttrain.compare.plots import front_line, placed, styles, thinned
 from disttrain.loggers import readable
 
@@ -11,8 +12,12 @@ LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 MARKERS = {"circle": "o", "diamond": "D", "square": "s", "cross": "P"}
 PANEL_PX = (520, 380)
 """Size of the panel with names in it."""
-OFFSETS = {"top": ((0, 6), "center", "bottom"), "bottom": ((0, -6), "center", "top"), "right": ((6, 0), "left", "center"),
-           "left": ((-6, 0), "right", "center")}  # fmt: skip
+OFFSETS: dict[Side, tuple[tuple[int, int], Any, Any]] = {
+    "top": ((0, 6), "center", "bottom"),
+    "bottom": ((0, -6), "center", "top"),
+    "right": ((6, 0), "left", "center"),
+    "left": ((-6, 0), "right", "center"),
+}
 """Sides of a point in matplotlib's words: distance in points, alignment."""
 
 
