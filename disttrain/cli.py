@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from disttrain import checking, checkpoint_commands
+from disttrain.compare import command as comparing
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
 
@@ -44,6 +45,8 @@ app.add_typer(checkpoint_commands.app, name="checkpoint")
 app.command("export")(checkpoint_commands.export)
 app.command("import")(checkpoint_commands.import_model)
 app.command("check")(checking.check)
+app.command("compare")(comparing.compare)
+app.command("report")(comparing.report)
 app.command("explain")(reading.show)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[
@@ -241,14 +244,6 @@ def sample(
     from disttrain.tasks.sample import continue_text
 
     typer.echo(continue_text(run, prompt, tokens, temperature, top_k, seed))
-
-
-@app.command()
-def report(run: RunFolder) -> None:
-    """Print the summary of a run and draw its loss curve again."""
-    from disttrain.run import show
-
-    show(run)
 
 
 def main() -> None:

@@ -1,14 +1,11 @@
 """One rank's whole life in a run: prepare, assemble, train, report. Every outcome has an exit code (design, section 1)."""
 
-import fcntl
 import json
 import logging
 import math
-import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from disttrain.assembly import Session, assemble
 from disttrain.config.load import dump
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
+from disttrain.folders import exclusive, write_atomically
 from disttrain.hang import files, observer
 from disttrain.header import header
 from disttrain.interruption import Interruption
@@ -114,21 +112,6 @@ def draw(folder: Path) -> Table:
     return report.summary_table(finished)
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the run folder; a second run in it is refused."""
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RefusedInput([Problem((f"run folder {folder}",), "another process is training in this folder",
-                                        "wait for it, stop it, or use another run.name")]) from None  # fmt: skip
-        yield
-    finally:
-        os.close(handle)
-
-
 def log_to(path: Path) -> None:
     """Send the log and every warning of this process to a file; the terminal stays for progress, also when the disk of the
     log is full."""
@@ -140,10 +123,3 @@ def log_to(path: Path) -> None:
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     logging.info("%s%s: %s", files.STARTED, socket.gethostname(), " ".join(sys.argv))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file at once, so that a crash leaves the old or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
