@@ -70,7 +70,9 @@ def train(
     if profile_steps:
         first, colon, last = profile_steps.partition(":")
         if not (colon and first.isdecimal() and last.isdecimal()):
-            raise typer.BadParameter("give the first and the last step, 10:12 for example", param_hint="--profile-steps")
+            raise typer.BadParameter(
+                "give the first and the last step, 10:12 for example", param_hint="--profile-steps"
+            )
         words.append(f"profile.steps=[{first}, {last}]")
     raise typer.Exit(_train(config, words, nproc))
 

@@ -171,9 +171,7 @@ class Recorder:
         self._pending = []
         return tokens, targets, padding
 
-    def _write(
-        self, step: int, learning_rate: float, result: StepResult, joules: float | None
-    ) -> list[Finding | None]:
+    def _write(self, step: int, learning_rate: float, result: StepResult, joules: float | None) -> list[Finding | None]:
         """Write the step record; what there is to say of it. All judge by the numbers of rank 0."""
         with self.excluded("logging"):
             traffic = self._session.engine.traffic()

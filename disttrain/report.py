@@ -234,7 +234,8 @@ def _mfu(run: Run, rates: Record) -> str:
         shares = ("mfu_six_n_mean", "6N"), ("mfu_causal_mean", "causal"), ("mfu_full_mean", "full attention")
         text = ", ".join(f"{readable.percent(rates[key])} {label}" for key, label in shares if rates[key] is not None)
         peak = run.header.get("peak_flops_per_second")
-        return f"{text}; HFU {readable.percent(rates['hfu_mean'])}" + (f"; of {readable.flops(peak)}, {source}" if peak else "")
+        of = f"; of {readable.flops(peak)}, {source}" if peak else ""
+        return f"{text}; HFU {readable.percent(rates['hfu_mean'])}{of}"
     if rates["measured_steps"] == 0:
         return NO_AVERAGE
     return f"- ({source}{_reached(run, rates)})"

@@ -78,8 +78,8 @@ class Engine(Protocol):
         ...
 
     def kept(self) -> Mapping[str, list[Tensor]]:
-        """This rank's tensors that stay from step to step by kind, `weights` and `optimizer` (all that updates need), and its
-        `gradients` as long as there are some. For a profile of its memory."""
+        """This rank's tensors that stay from step to step by kind, `weights` and `optimizer` (all that updates need), and
+        its `gradients` as long as there are some. For a profile of its memory."""
         ...
 
     def state_dict(self) -> State:

@@ -149,7 +149,9 @@ _ALL = (
     Metric("logging_seconds", "s", "time of collecting and writing records, earlier processes added", _END),
     Metric("best_eval_loss", "nats", "lowest eval_loss", _END),
     Metric("best_eval_step", "steps", "step of best_eval_loss", _END),
-    Metric("measured_steps", "steps", "steps of this process in step records without a warm-up or profiled step: m", _END),
+    Metric(
+        "measured_steps", "steps", "steps of this process in step records without a warm-up or profiled step: m", _END
+    ),
     Metric("mean_step_seconds", "s", "time inside the m steps / m", _END),
     Metric("median_step_seconds", "s", "median of step_seconds over the records of the m steps", _END),
     Metric("tokens_per_second_mean", "tokens/s", "tokens of the m steps / time inside them", _END),

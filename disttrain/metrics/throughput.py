@@ -218,7 +218,9 @@ def flop_rates(
     tokens, sequences = timing["tokens_per_second"], timing["sequences_per_second"]
     if flops is None or tokens is None or sequences is None:
         return dict.fromkeys(names)
-    useful = [count / flops.positions * tokens / ranks for count in (flops.causal, flops.six_n, flops.causal, flops.full)]
+    useful = [
+        count / flops.positions * tokens / ranks for count in (flops.causal, flops.six_n, flops.causal, flops.full)
+    ]
     executed = flops.hardware * sequences / ranks
     shares = [reached / peak_flops if peak_flops else None for reached in (*useful[1:], executed)]
     return dict(zip(names, [useful[0], *shares], strict=True))

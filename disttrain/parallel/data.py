@@ -135,9 +135,7 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
         module.set_custom_all_gather(gather)  # pyright: ignore[reportArgumentType]  same shape, private base
-        coded = (
-            scatter if compressor is None or replicas else CodedReduceScatter(groups.data, compressor, module)
-        )
+        coded = scatter if compressor is None or replicas else CodedReduceScatter(groups.data, compressor, module)
         module.set_custom_reduce_scatter(coded)  # pyright: ignore[reportArgumentType]
         if joined:
             module.set_all_reduce_hook(partial(groups.data.traffic.add, ring=all_reduced(groups.mesh.replicate)))

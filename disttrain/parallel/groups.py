@@ -33,8 +33,8 @@ class Group:
     """What a profile calls it: tensor, sequence, context, pipeline, data or world."""
 
     def sending(self, operation: str, tensor: Tensor, ring: float) -> AbstractContextManager[ranges.Until]:
-        """Count what a collective is handed, which leaves this rank `ring` times, and name it in a profiler's trace; the block
-        makes the call, and gives the Work of one that it does not wait for to what the context is."""
+        """Count what a collective is handed, which leaves this rank `ring` times, and name it in a profiler's trace; the
+        block makes the call, and gives the Work of one that it does not wait for to what the context is."""
         self.traffic.add(tensor, ring)
         return ranges.communication(self.axis, operation, tensor.device)
 

@@ -26,8 +26,8 @@ LAUNCHES = ("cuda_runtime", "cuda_driver")
 
 
 def activities(events: list[Event], device_type: str) -> list[Activity]:
-    """One for each step in the trace, in order; none where there is no step. Raises RuntimeError for a GPU's trace without any
-    kernel, which would look idle."""
+    """One for each step in the trace, in order; none where there is no step. Raises RuntimeError for a GPU's trace without
+    any kernel, which would look idle."""
     complete = [event for event in events if event.get("ph") == "X"]
     steps = sorted(_ranges(complete, "step"), key=lambda event: event["ts"])
     if not steps:
@@ -92,7 +92,12 @@ def _computes(event: Event) -> bool:
     if name.startswith(COMPILED):
         return True
     namespace, colons, _ = name.partition("::")
-    return event.get("cat") == "cpu_op" and bool(colons) and not name.startswith(NOT_COMPUTING) and namespace.isidentifier()
+    return (
+        event.get("cat") == "cpu_op"
+        and bool(colons)
+        and not name.startswith(NOT_COMPUTING)
+        and namespace.isidentifier()
+    )
 
 
 def _waiting(gaps: Intervals, travelling: dict[str, Intervals]) -> Intervals:
@@ -146,7 +151,9 @@ def _axis(event: Event) -> str:
 
 def _on_device(step: Interval, thread: int, phases: dict[str, Intervals], events: list[Event]) -> Activity:
     """Where kernels are what computes; what the host waits for is the loading of data, and votes over the hosts."""
-    launches = {e["args"]["correlation"]: e for e in events if e.get("cat") in LAUNCHES and "correlation" in e.get("args", {})}
+    launches = {
+        e["args"]["correlation"]: e for e in events if e.get("cat") in LAUNCHES and "correlation" in e.get("args", {})
+    }
     ranges = _ranges(events, "communication")
     calls = _Calls(ranges)
     computing: dict[str, list[Interval]] = {kind: [] for kind in ("forward", "backward", "optimizer", "other")}

@@ -22,8 +22,8 @@ class Session:
     """One recording. With `memory` it sees this thread's allocations; without, the operators of all threads."""
 
     def __init__(self, device_type: str, memory: bool, log: Path):
-        """What torch's C++ code says of recordings (of their starts, and of memory that is freed without having been seen before)
-        goes to the file `log` instead of the terminal, with `memory` all that is said on stderr until `stop`."""
+        """What torch's C++ code says of a recording (that it starts, that memory is freed which it has not seen) goes to the
+        file `log` instead of the terminal, with `memory` all that is said on stderr until `stop`."""
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device_type == "cuda" else [])]
         threads = _ExperimentalConfig(profile_all_threads=not memory)
         self._profile = profile(

@@ -32,7 +32,8 @@ def ours(name: str, start: float, end: float, tid: int = MAIN) -> dict[str, Any]
     return event(f"disttrain.{name}", start, end, tid, "user_annotation")
 
 
-moments = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda ends: (min(ends), max(ends))), max_size=9)
+ticks = st.tuples(st.integers(0, 60), st.integers(0, 60))
+moments = st.lists(ticks.map(lambda ends: (min(ends), max(ends))), max_size=9)
 
 
 @given(moments, moments)
@@ -61,7 +62,7 @@ def test_kinds_add_up_to_the_step_whatever_overlaps(parts: list[list]) -> None:
 
 
 def cpu_step() -> list[dict[str, Any]]:
-    """100 ms: data 0-10, the engine 10-90 (its tensors 10-14, forward 14-40, backward 40-80, update 80-90), a vote, the rest."""
+    """100 ms: data 0-10, the engine 10-90 (tensors 10-14, forward 14-40, backward 40-80, update 80-90), a vote, the rest."""
     return [
         ours("step 5", 0, 100), ours("data", 0, 10), ours("engine", 10, 90), event("aten::copy_", 11, 13),
         ours("forward micro-batch 0", 14, 40), event("aten::mm", 14, 24), event("aten::mm", 30, 40),
@@ -104,7 +105,10 @@ def test_a_pipeline_on_a_cpu_waits_for_its_neighbour_outside_of_its_passes() -> 
         event("gloo:send", 35, 44, cat="user_annotation"), event("aten::_fused_adamw_", 40, 50),
     ], "cpu")  # fmt: skip
     rows = {row: round(value * 1e3, 6) for row, value in step_rows(did).items()}
-    assert (rows["exposed pipeline"], rows["exposed context"]) == (19, 4.9)  # from 1; what is sent goes on beside the update
+    assert (rows["exposed pipeline"], rows["exposed context"]) == (
+        19,
+        4.9,
+    )  # the last message goes on beside the update
     assert (rows["loading"], rows["forward"], rows["backward"], rows["optimizer"]) == (1, 5.1, 10, 10)
 
 
@@ -120,8 +124,18 @@ def test_a_collective_that_torch_calls_itself_lasts_until_the_next_operator() ->
 
 def test_a_step_on_a_gpu() -> None:
     """Kernels say when it computes, launches in which phase; NCCL's are of the axis in whose range they were launched."""
-    launched = [(1, 12, MAIN), (2, 15, MAIN), (3, 22, OTHER), (4, 24, OTHER), (5, 26, MAIN), (6, 40, MAIN), (7, 5, MAIN)]
-    calls = [event("cudaLaunchKernel", at, at + 0.1, tid, "cuda_runtime", correlation=n) for n, at, tid in launched]
+    launched = {
+        1: (12, MAIN),
+        2: (15, MAIN),
+        3: (22, OTHER),
+        4: (24, OTHER),
+        5: (26, MAIN),
+        6: (40, MAIN),
+        7: (5, MAIN),
+    }
+    calls = [
+        event("cudaLaunchKernel", at, at + 0.1, tid, "cuda_runtime", correlation=n) for n, (at, tid) in launched.items()
+    ]
     kernels = [
         event("gemm", 20, 30, 77, "kernel", correlation=1),
         event("ncclDevKernel_AllReduce_Sum", 30, 34, 77, "kernel", correlation=2),
@@ -134,7 +148,8 @@ def test_a_step_on_a_gpu() -> None:
     (did,) = activities([
         ours("step 9", 0, 90), ours("data", 0, 10), ours("engine", 10, 45), ours("forward micro-batch 0", 11, 20),
         ours("communication tensor nccl:all_reduce", 14.9, 15.2), ours("backward micro-batch 0", 20, 38),
-        ours("communication data nccl:reduce_scatter", 23.9, 24.2, OTHER), ours("communication world gloo:all_reduce", 84, 86),
+        ours("communication data nccl:reduce_scatter", 23.9, 24.2, OTHER),
+        ours("communication world gloo:all_reduce", 84, 86),
         *calls, *kernels,
     ], "cuda")  # fmt: skip
     rows = {row: round(value * 1e3, 6) for row, value in step_rows(did).items()}
@@ -224,7 +239,7 @@ def test_a_gpu_knows_what_else_it_holds(tmp_path: Path) -> None:
 
 def test_memory_that_tensors_share_counts_once() -> None:
     whole = torch.zeros(8)
-    found = memory.Kept.of({"weights": [whole[:4], whole[4:]], "gradients": [], "optimizer": [whole, torch.ones(2)]}, "cpu")
+    found = memory.Kept.of({"weights": [whole[:4], whole[4:]], "optimizer": [whole, torch.ones(2)]}, "cpu")
     assert [sum(pieces.values()) for pieces in found.pieces.values()] == [32, 0, 8]
 
 
