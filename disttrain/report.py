@@ -249,8 +249,8 @@ def _reached(run: Run, rates: Record) -> str:
     if not model:
         return f"; {readable.flops(causal)} a rank"
     sequences = (rates["sequences_per_second_mean"] or 0.0) / run.header.get("world_size", 1)
-    found = {"causal": causal}
-    for name, label in (("six_n", "6N"), ("full", "full attention")):
+    found: dict[str, float] = {}
+    for name, label in (("six_n", "6N"), ("causal", "causal"), ("full", "full attention")):
         if flops := run.header.get(f"flops_{name}_per_sequence"):
             found[label] = causal * flops / model
     if flops := run.header.get("flops_hardware_per_sequence"):

@@ -108,7 +108,7 @@ def _gpu(uuid: str) -> tuple[Meter | None, str]:
     try:
         nvml = import_module("pynvml")
     except ImportError:
-        return None, "the package nvidia-ml-py is not installed"
+        return None, "the package nvidia-ml-py is not installed: pip install 'disttrain[gpu]'"
     try:
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)

@@ -156,7 +156,7 @@ def _around(ranges: list[tuple[float, float]], at: float) -> tuple[float, float]
 
 def _held(told: list[Event], device_type: str, before: Kept, reduced: Kept, allocated: set[int]) -> dict[str, int]:
     """Bytes by category as the step begins. Gradients that it does not allocate are in memory that stays: DDP's buckets."""
-    held = dict.fromkeys(CATEGORIES, 0)
+    held: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
     for category in ("weights", "optimizer"):
         held[category] = sum(before.pieces[category].values())
     known = {address for pieces in before.pieces.values() for address in pieces}

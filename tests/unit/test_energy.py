@@ -122,4 +122,7 @@ def test_a_gpu_tells_its_own_energy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_without_nvml_has_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert energy.find_meter("GPU-a", 0) == (None, "the package nvidia-ml-py is not installed")
+    assert energy.find_meter("GPU-a", 0) == (
+        None,
+        "the package nvidia-ml-py is not installed: pip install 'disttrain[gpu]'",
+    )
