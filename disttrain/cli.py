@@ -61,9 +61,22 @@ def train(
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Local ranks to start; not inside a launcher.")] = None,
     resume: Annotated[str | None, typer.Option(help="auto, never or a checkpoint: checkpoint.resume.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Look at some steps: profile.enabled=true.")] = False,
+    profile_steps: Annotated[
+        str | None, typer.Option(metavar="A:B", help="From which step to which; with --profile or without.")
+    ] = None,
 ) -> None:
     """Train a model. Inside torchrun, deepspeed, horovodrun, mpirun or srun it joins that launcher's world."""
     words = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
+    if profile or profile_steps:
+        words.append("profile.enabled=true")
+    if profile_steps:
+        first, colon, last = profile_steps.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal()):
+            raise typer.BadParameter(
+                "give the first and the last step, 10:12 for example", param_hint="--profile-steps"
+            )
+        words.append(f"profile.steps=[{first}, {last}]")
     raise typer.Exit(_train(config, words, nproc))
 
 

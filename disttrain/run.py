@@ -9,8 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
 
 from disttrain import checkpoint, data, deepspeed_config, preflight, report
 from disttrain.assembly import Session, assemble
@@ -23,7 +22,9 @@ from disttrain.header import header
 from disttrain.interruption import Interruption
 from disttrain.launch import RankInfo
 from disttrain.loggers import Loggers, open_loggers
+from disttrain.metrics import SteadyRates
 from disttrain.parallel import world
+from disttrain.profiling import table as profile_table
 from disttrain.recorder import Recorder
 from disttrain.trainer import restore, train
 
@@ -85,7 +86,7 @@ def train_from_checkpoint(
     return train(session, recorder, interruption, restore(session, recorder))
 
 
-def drawn(folder: Path, loggers: Loggers) -> Table | None:
+def drawn(folder: Path, loggers: Loggers) -> Group | None:
     """What `draw` gives, or None and an event: a report that cannot be made does not make the training a failure."""
     try:
         return draw(folder)
@@ -96,12 +97,12 @@ def drawn(folder: Path, loggers: Loggers) -> Table | None:
 
 
 def show(folder: Path) -> None:
-    """Make the report of a run and print its table. Raises RefusedInput for an empty run."""
+    """Make the report of a run and print its tables. Raises RefusedInput for an empty run."""
     Console().print(draw(folder))
 
 
-def draw(folder: Path) -> Table:
-    """Write summary.json of a run, draw its loss curve, return its table. Raises RefusedInput for an empty run."""
+def draw(folder: Path) -> Group:
+    """Write summary.json of a run, draw its loss curve, return its tables. Raises RefusedInput for an empty run."""
     finished = report.read_run(folder)
     if not finished.steps:
         raise RefusedInput([Problem((f"run {folder}",), "no step was recorded yet", "train it for at least one step")])
@@ -109,7 +110,18 @@ def draw(folder: Path) -> Table:
         write_atomically(folder / "summary.json", json.dumps(finished.summary, indent=1))
     if any(math.isfinite(step["loss"]) for step in finished.steps):
         report.loss_curve(finished, folder / "loss_curve.png")
-    return report.summary_table(finished)
+    return Group(report.summary_table(finished), *seconds_of(finished))
+
+
+def seconds_of(finished: report.Run) -> list[RenderableType]:
+    """The table of a profile, after an empty line; nothing where the run has none."""
+    found = profile_table.read(finished.folder)
+    if found is None:
+        return []
+    steady = SteadyRates()
+    for record in finished.steps:
+        steady.add(record)
+    return ["", profile_table.table(found, steady.result()["median_step_seconds"])]
 
 
 def log_to(path: Path) -> None:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from disttrain import checkpoint, codec_choice, preflight
+from disttrain import checkpoint, codec_choice, preflight, ranges
 from disttrain.assembly import Session, choose_again, renew
 from disttrain.config.checks import total_steps
 from disttrain.interruption import Interruption
@@ -20,7 +20,7 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
     Raises Diverged when the loss is no longer a number, CheckpointFailed when a checkpoint cannot be written.
     """
     folder = preflight.run_folder(session.config) / "checkpoints"
-    with Saver(folder, session.config.checkpoint, session.device) as saver:
+    with Saver(folder, session.config.checkpoint, session.device) as saver, recorder.closing():
         return _train(session, recorder, interruption, saver, start)
 
 
@@ -32,13 +32,14 @@ def _train(session: Session, recorder: Recorder, interruption: Interruption, sav
     held_out: tuple[int, float] = (-1, 0.0)
     """Step and loss of the last evaluation."""
     while stop is None:
-        recorder.begin_step()
+        recorder.begin_step(step + 1)
         micro_batches = recorder.waited_for(
             session.data.micro_batches(recorder.watch.position(step), session.data_rank, session.mesh.data_ranks)
         )
         step += 1
         rate = learning_rate(config.optim, step, steps)
-        result = session.engine.step(micro_batches, step, rate)
+        with ranges.named("engine"):
+            result = session.engine.step(micro_batches, step, rate)
         asked = interruption.requested or interruption.hosts_changed
         interrupted, late, unsaved = any_rank(asked, recorder.over_time(config.train.seconds), saver.failed)
         if unsaved:

@@ -12,7 +12,7 @@ from disttrain.loggers.scalars import scalars
 ID_FILE = "wandb_id"
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 120.0}
 """Seconds that W&B may hold up the start and the end of training; WANDB_INIT_TIMEOUT and so on win."""
-REPORT = ("config.yaml", "summary.json", "loss_curve.png", "metrics.jsonl")
+REPORT = ("config.yaml", "summary.json", "loss_curve.png", "metrics.jsonl", "trace/step_seconds.json")
 """Files of the run folder that the artefact of a finished run holds."""
 ALERTS = ("not_finite", "loss_spike", "rolled_back", "slow_rank")
 """Events that W&B sends to people, at most one a minute under each name."""
