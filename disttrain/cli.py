@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from disttrain import checking, checkpoint_commands
+from disttrain import checking, checkpoint_commands, planning
 from disttrain.compare import command as comparing
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
@@ -47,6 +47,7 @@ app.command("import")(checkpoint_commands.import_model)
 app.command("check")(checking.check)
 app.command("compare")(comparing.compare)
 app.command("report")(comparing.report)
+app.command("plan")(planning.plan)
 app.command("explain")(reading.show)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[

@@ -190,23 +190,29 @@ def predict(config: Config, mesh: Mesh, precision: Precision, micro_batches: int
         activations = _activations(config, mesh, precision, micro_batches, rank, held, last)
         moved = parallel.offload and parallel.zero
         host = state.weight + state.optimizer + (state.gradient if parallel.zero > 1 else 0) if moved else 0
+        data, replicas = mesh.replicate * mesh.shard * mesh.context, mesh.replicate
         feedback = sum(
-            _residual_bytes(config, mesh, precision, layers[n], n == 0, n == size * virtual - 1) for n in numbers
-        )
+            residual_bytes(config, precision, layers[n], n == 0, n == size * virtual - 1,
+                           mesh.tensor, parallel.zero, data, replicas)
+            for n in numbers
+        )  # fmt: skip
         outer = {"none": 0, "nesterov": 2}.get(config.outer.method, 1) * int(state.weight)
         found.append(RankMemory(held, parameters, state, activations, host, feedback, outer))
     return found
 
 
-def _residual_bytes(config: Config, mesh: Mesh, precision: Precision, layers: range, first: bool, last: bool) -> int:
-    """What error feedback remembers of a stage: of its cut parameters under tensor parallelism, of shards under HSDP."""
-    compression, zero = config.compression, config.parallel.zero
-    alone = mesh.replicate * mesh.shard * mesh.context == 1
-    if compression.codec == "none" or not compression.feeds_back or alone:
+def residual_bytes(
+    config: Config, precision: Precision, layers: range, first: bool, last: bool,
+    tensor: int, zero: int, data: int, replicas: int,
+) -> int:  # fmt: skip
+    """What error feedback remembers of a stage: of its cut parameters under tensor parallelism, of shards under HSDP. `data`
+    are all ranks whose gradients are summed."""
+    compression = config.compression
+    if compression.codec == "none" or not compression.feeds_back or data == 1:
         return 0
-    shapes = parameter_shapes(config.model, layers, first, last, tensor=mesh.tensor)
-    copied = copied_parameters(config.model, layers, first, last, mesh.tensor)
-    shards = mesh.shard * mesh.context if zero and mesh.replicate > 1 else 1
+    shapes = parameter_shapes(config.model, layers, first, last, tensor=tensor)
+    copied = copied_parameters(config.model, layers, first, last, tensor)
+    shards = data // replicas if zero and replicas > 1 else 1
     local = {name: (-(-rows // shards), *others) for name, (rows, *others) in shapes.items() if name not in copied}
     total = sum(prod(shape) for name, shape in local.items() if may_be_coded(compression, name, shape))
     may_skip = precision == "fp16" and config.outer.method == "none"
