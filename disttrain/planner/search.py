@@ -69,9 +69,12 @@ class _Tally:
         """By ZeRO's stage, the one that needs least."""
 
 
-def search(config: Config, world: int, speeds: Speeds, memory_bytes: float, execution: Execution | None = None) -> Plan:
+def search(
+    config: Config, world: int, speeds: Speeds, memory_bytes: float, execution: Execution | None = None,
+    keep: int | None = None,
+) -> Plan:  # fmt: skip
     """The config's vocabulary is resolved; `memory_bytes` is what a rank may use. Another code than this one has its own
-    `execution`."""
+    `execution`. Where only the first few are asked for, `keep` of them, others need not be timed."""
     predictor, tally = Predictor(config, world, speeds, execution), _Tally()
     best: list[Prediction] = []
     illegal: dict[str, list[Axes]] = {}
