@@ -86,10 +86,9 @@ def _run(plan: "Plan", number: int | None) -> int:
     import contextlib
 
     from disttrain.compare import outcomes, runner
-    from disttrain.compare import plan as plans
     from disttrain.compare.progress import Terminal
     from disttrain.failures import interrupted
-    from disttrain.folders import exclusive, write_atomically
+    from disttrain.folders import exclusive
     from disttrain.interruption import Interruption
 
     interruption = Interruption().listen()
@@ -97,16 +96,29 @@ def _run(plan: "Plan", number: int | None) -> int:
     plan.folder.mkdir(parents=True, exist_ok=True)
     alone = exclusive(plan.folder, "comparing", "use another --out")
     with contextlib.nullcontext() if number else alone:
-        write_atomically(plan.folder / PLAN_FILE, plans.save(plan))
+        _keep(plan)
         _prepare(plan, tasks, interruption)
         with Terminal(plan, tasks, _console()) as terminal:
             if not runner.run_all(plan, tasks, terminal, interruption):
                 return interrupted()
-        able = [t for t in tasks if not plan.strategy(t.strategy).refused]
-        failed = not all(outcomes.done(plan.run_folder(t)) for t in able)
-        if not number:
+        done = [outcomes.done(plan.run_folder(t)) for t in tasks if not plan.strategy(t.strategy).refused]
+        if number:
+            return 0 if all(done) else 1
+        if any(done):
             _report(plan, publish=True)
-    return 1 if failed else 0
+        else:
+            _console().print(f"no run is done; what they printed is in {plan.folder / 'logs'}", highlight=False)
+    return 0 if done and all(done) else 1
+
+
+def _keep(plan: "Plan") -> None:
+    """Write the plan, unless it is there: tasks of an array that begin together do not replace it."""
+    from disttrain.compare.plan import save
+    from disttrain.folders import write_atomically
+
+    path, text = plan.folder / PLAN_FILE, save(plan)
+    if not path.exists() or path.read_text() != text:
+        write_atomically(path, text)
 
 
 def _task(plan: "Plan", number: int) -> "Task":
@@ -180,6 +192,8 @@ def _array(sweep: "Sweep", plan: "Plan", words: list[str], submit: bool) -> None
     from disttrain.compare.array import script
 
     text = script(sweep, plan, words, sys.executable)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    _keep(plan)
     if not submit:
         typer.echo(text, nl=False)
         return

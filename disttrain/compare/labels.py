@@ -31,7 +31,9 @@ def sides(
     chosen: list[Side | None] = []
     for number, ((x, y), name) in enumerate(zip(placed, names, strict=True)):
         others = [*taken[:number], *taken[number + 1 :]]
-        free = [(side, box) for side in SIDES if not _covers(box := _box(side, x, y, name), others)]
+        free: list[tuple[Side, Box]] = [
+            (side, box) for side in SIDES if not _covers(box := _box(side, x, y, name), others)
+        ]
         chosen.append(free[0][0] if free else None)
         taken += [box for _, box in free[:1]]
     return chosen

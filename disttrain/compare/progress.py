@@ -42,6 +42,9 @@ class Terminal:
                 self._seconds.setdefault(task.strategy, []).append(earlier.seconds)
 
     def __enter__(self) -> Self:
+        for name in dict.fromkeys(task.strategy for task in self._tasks):
+            for problem in self._plan.strategy(name).refused:
+                self._console.print(Text(f"{name} is left out: {problem.message} ({problem.fix})", style="red"))
         if self._live:
             self._live.start()
         return self

@@ -75,6 +75,7 @@ def test_runs_one_by_one_as_tasks_of_an_array(workplace: Workplace) -> None:
     assert "#SBATCH --array=1-6%1\n" in script and "#SBATCH --ntasks-per-node=2\n" in script
     assert "COMPARE=(sweep.yaml --out runs/sweep)\n" in script
     assert '-m disttrain compare "${COMPARE[@]}" --task "$SLURM_ARRAY_TASK_ID" &\n' in script
+    assert (workplace.folder / "runs/sweep/compare.json").exists()
     for task, code in ((1, 0), (2, 1), (3, 0), (4, 0)):
         workplace.run("compare", "sweep.yaml", "--task", str(task), code=code)
     assert (workplace.folder / "order.txt").read_text().split() == ["a-1", "bad-1", "a-2"]
@@ -88,6 +89,9 @@ def test_a_failure_is_in_the_report_and_in_the_exit_code(workplace: Workplace) -
     shown = workplace.run("compare", "sweep.yaml", "--out", "there", code=1).stdout
     assert "bad out of memory" in shown and (workplace.folder / "there/report.html").exists()
     assert not (workplace.folder / "runs").exists()
+    made_up_sweep(workplace, {"bad": {"settings": {"optim.lr": 0.2}}}, nproc=2)
+    shown = workplace.run("compare", "sweep.yaml", code=1).stdout
+    assert "bad-1  out of memory" in shown and "no run is done; what they printed is in runs/sweep/logs" in shown
 
 
 def test_what_is_refused_leaves_nothing_behind(workplace: Workplace) -> None:
