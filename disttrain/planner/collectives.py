@@ -81,7 +81,7 @@ def all_reduce(group: Ring, whole_bytes: float) -> float:
     if group.ranks == 1:
         return 0.0
     ring_seconds = 2 * all_gather(group, whole_bytes)
-    if not group.accelerator or group.hosts <= 2:
+    if not group.accelerator:
         return ring_seconds
     steps = (group.beside - 1) * group.inside.latency_seconds
     steps += math.log2(group.hosts) * group.between.latency_seconds

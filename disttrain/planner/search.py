@@ -3,6 +3,7 @@
 For each size of the axes (tensor, pipeline, context) the fastest layout that fits is kept. Memory is compared for every
 legal layout, by tables of what parameters and what activations take. Time is predicted for those that fit, in the order
 of a bound (what their stages compute, and the pipeline's bubble), until the bound is no better than what was found.
+`disttrain.layout.problems` has the last word on what is recommended.
 """
 
 import math
@@ -89,7 +90,7 @@ def search(
             insort(best, found, key=lambda prediction: prediction.step_seconds)
     nearest = min(tally.misses.values(), key=lambda miss: miss.needed, default=None)
     return Plan(
-        best=best,
+        best=[one for one in best if not one.layout.problems(config)],
         legal=tally.legal,
         fitting=tally.fitting,
         timed=tally.timed,

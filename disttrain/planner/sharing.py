@@ -124,12 +124,15 @@ def replicated(
     converted = kernels.passes(execution.cast_bytes * held.elements)
     gradients = kernels.passes(execution.gradient_bytes * held.elements)
     if pipeline > 1:
-        buckets = total / SUM_BUCKET_BYTES
         copies = kernels.passes(4 * total) if groups.data.ranks > 1 else 0.0
-        return Shared(converted, gradients, after=copies + buckets * all_reduce(groups.data, SUM_BUCKET_BYTES))
+        return Shared(converted, gradients, after=copies + _bucketed(groups.data, total, SUM_BUCKET_BYTES))
     size = min(total, DDP_BUCKET_BYTES)
-    bucket = all_reduce(groups.data, size)
-    buckets = total / size if size else 0.0
-    hidden = held.blocks * backward * max(0.0, 1 - size / total) if total else 0.0
-    waits = max(min(bucket, bucket * buckets), exposed(groups.data, bucket * buckets, hidden))
-    return Shared(converted, gradients, once_waits=waits)
+    hidden = held.blocks * backward * (1 - size / total) if total else 0.0
+    waits = exposed(groups.data, _bucketed(groups.data, total, DDP_BUCKET_BYTES), hidden)
+    return Shared(converted, gradients, once_waits=max(all_reduce(groups.data, size), waits))
+
+
+def _bucketed(group: Ring, total: float, most: float) -> float:
+    """Seconds of sums in buckets of at most so many bytes, one after the other."""
+    size = min(total, most)
+    return total / size * all_reduce(group, size) if size else 0.0
