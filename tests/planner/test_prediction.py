@@ -49,7 +49,9 @@ def test_one_rank_computes_the_flops_of_the_model(family: str) -> None:
 
 def test_what_is_recomputed() -> None:
     rate = 1e12
-    none, selective, full = (predicted(name, even(rate)) for name in ("mb4 on 1", "selective.mb4 on 1", "full.mb4 on 1"))
+    none, selective, full = (
+        predicted(name, even(rate)) for name in ("mb4 on 1", "selective.mb4 on 1", "full.mb4 on 1")
+    )
     model = config().model
     again = costs.forward_flops_per_sequence(model, 64, causal=True)
     last = 2 * 64 * 4 * 256 * 1024
@@ -62,7 +64,9 @@ def test_what_is_recomputed() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["tp4 on 4", "tp4.sp on 4", "cp4-ring on 4", "cp4-ulysses on 4", "pp4-gpipe on 4", "dp4 on 4"])
+@pytest.mark.parametrize(
+    "name", ["tp4 on 4", "tp4.sp on 4", "cp4-ring on 4", "cp4-ulysses on 4", "pp4-gpipe on 4", "dp4 on 4"]
+)
 def test_axes_share_the_work(name: str) -> None:
     """Four ranks that nothing slows compute a quarter each, as far as the axis divides: the ring's half squares are a few
     scores less than the causal triangle, and a pipeline's last stage has the head."""
@@ -169,8 +173,8 @@ def test_ddp_hides_all_but_its_last_bucket() -> None:
 
 
 def test_zero_by_hand() -> None:
-    """Eight ranks of a host: a block of 1M elements is gathered in bf16 and scattered in fp32; four blocks, of which the first
-    waits for its whole message and the others for what their computation does not hide."""
+    """Eight ranks of a host: a block of 1M elements is gathered in bf16 and scattered in fp32; four blocks, of which the
+    first waits for its whole message and the others for what their computation does not hide."""
     held, groups, sent = sharing()
     gather, scatter = 7 * 3e-6 + 7 / 8 * 2e6 / 3e11, 7 * 3e-6 + 7 / 8 * 4e6 / 3e11
     assert (sent.gather, sent.scatter) == pytest.approx((gather, scatter))
