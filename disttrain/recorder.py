@@ -133,7 +133,8 @@ class Recorder:
         """The run has gone back from `step` to the checkpoint of step `to` with this trainer's part; empty: to its start."""
         config = self._session.config
         if self._profile is not None:
-            self._tell(step, self._profile.finish("the run went back"))
+            with self.excluded("profiling"):
+                self._tell(step, self._profile.finish("the run went back"))
         self._metrics.roll_back(trainer.get("metrics", {}))
         batch_tokens = config.train.global_batch_size * config.data.sequence_length
         said = self.watch.roll_back(step, to, trainer.get("watch", {}), batch_tokens)

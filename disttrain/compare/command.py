@@ -162,7 +162,7 @@ def _report(plan: "Plan", publish: bool) -> None:
 def _where(folder: Path) -> None:
     from disttrain.compare.report import FILES
 
-    _console().print(f"\nopen {folder / FILES[0]} in a browser; beside it: {', '.join(FILES[1:])}", highlight=False)
+    _console().print(f"open {folder / FILES[0]} in a browser; beside it: {', '.join(FILES[1:])}", highlight=False)
 
 
 def _list(plan: "Plan") -> None:

@@ -127,13 +127,18 @@ def _mixed(comparison: Comparison) -> Iterator[str]:
     facts: dict[str, Callable[[dict[str, Any]], Any]] = {
         "hosts": lambda h: (h.get("hardware") or {}).get("host"),
         "devices": lambda h: (h.get("hardware") or {}).get("device"),
-        "versions of disttrain": lambda h: h.get("git_commit"),
+        "commits of disttrain": lambda h: _commit(h.get("git_commit")),
         "versions of torch": lambda h: (h.get("versions") or {}).get("torch"),
     }
     for what, of in facts.items():
         different = sorted({str(of(h)) for h in comparison.headers})
         if len(different) > 1:
             yield f"The runs come from different {what}: {', '.join(different)}."
+
+
+def _commit(commit: str | None) -> str | None:
+    """The first characters of a commit, with + where files were changed."""
+    return commit and commit[:10] + ("+" if commit.endswith("+") else "")
 
 
 def _unlike(comparison: Comparison) -> Iterator[str]:

@@ -21,6 +21,7 @@ NOT_COMPUTING = ("c10d", "_c10d_functional", "autograd", "torch::autograd", "pro
 """Namespaces of operators that hand over, or contain others and what these wait for."""
 COMPILED = ("Torch-Compiled Region", "CompiledFunction", "## Call CompiledFxGraph")
 """Ranges of torch.compile's, whose kernels on a CPU are no operators."""
+MESSAGES = ("gloo:send", "gloo:recv")
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 
@@ -120,7 +121,7 @@ def _travelling(events: list[Event], thread: int, operators: Intervals) -> dict[
         if not event["name"].endswith(":send_and_receive"):  # which only starts them
             found[_axis(event)].append(moment(event))
     for event in events:
-        if event["name"] in ("gloo:send", "gloo:recv"):
+        if event["name"] in MESSAGES:
             around = [r for r in ranges if r["tid"] == event["tid"] and r["ts"] <= event["ts"] <= r["ts"] + r["dur"]]
             found[_axis(around[-1]) if around else "pipeline"].append(moment(event))
     found["data"] += _unnamed(events, thread, ranges, operators)

@@ -94,8 +94,8 @@ class Profile:
             if self._place.rank == 0:
                 shutil.rmtree(self._place.folder / table.FOLDER, ignore_errors=True)
             self._begin_memory()
-        elif self._session is None:
-            self._session = session.Session(self._place.device_type, memory=False, log=self._log)
+        elif step == self._asked[0]:
+            self._record(memory=False)
             world.wait_for_all()  # no rank is late in the first step because it was in its preparation
         self._open.enter_context(ranges.named("step", step))
 
@@ -146,8 +146,8 @@ class Profile:
     def abandon(self) -> None:
         """Stop recording, also after an error."""
         self._open.close()
+        self._engine().watch = None
         if self._session is not None:
-            self._engine().watch = None
             self._session.stop()
 
     def _begin_memory(self) -> None:
@@ -164,14 +164,20 @@ class Profile:
 
         self._kept = [memory.Kept.of(engine.kept(), self._place.device_type)]
         engine.watch = note
-        self._session = session.Session(self._place.device_type, memory=True, log=self._log)
+        self._record(memory=True)
+
+    def _record(self, memory: bool) -> None:
+        try:
+            self._session = session.Session(self._place.device_type, memory, self._log)
+        except Exception as error:  # another profiler is at work, say: no reason to end the training
+            self._note(error)
 
     def _end_memory(self, step: int) -> None:
-        if self._session is None:
-            return
-        self._session.stop()
         engine, recorded = self._engine(), self._session
         engine.watch, self._session = None, None
+        if recorded is None:
+            return
+        recorded.stop()
         kept = [*self._kept, memory.Kept.of(engine.kept(), self._place.device_type)]
         try:
             line = memory.timeline(recorded.trace()["traceEvents"], self._place.device_type, kept[0], kept[1], kept[-1])
@@ -185,8 +191,9 @@ class Profile:
 
     def _results(self) -> table.RankSeconds | None:
         """This rank's seconds; None where something went wrong."""
+        if self._session is None:
+            return None
         try:
-            assert self._session is not None
             trace = self._session.trace()
             if self._shown:
                 self._folder.mkdir(parents=True, exist_ok=True)

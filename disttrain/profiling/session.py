@@ -14,7 +14,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
-from disttrain.profiling.activity import Event, kind_of
+from disttrain.profiling.activity import MESSAGES, Event, kind_of
 from disttrain.ranges import HOST
 
 
@@ -29,18 +29,20 @@ class Session:
         self._profile = profile(
             activities=activities, profile_memory=memory, acc_events=True, experimental_config=threads
         )
-        self._log, self._quiet, self._running = log, ExitStack(), True
-        self._quiet.enter_context(stderr_to(log))
-        self._profile.start()
-        if not memory:
-            self._quiet.close()
+        self._log, self._device_type, self._quiet = log, device_type, ExitStack()
+        with ExitStack() as quiet:
+            quiet.enter_context(stderr_to(log))
+            self._profile.start()
+            if memory:
+                self._quiet = quiet.pop_all()
+        self._running = True
 
     def stop(self) -> None:
         """Record no more; once more is nothing."""
         if not self._running:
             return
         self._running = False
-        if torch.cuda.is_available():
+        if self._device_type == "cuda":
             torch.cuda.synchronize()
         with self._quiet, stderr_to(self._log):
             self._profile.stop()
@@ -77,16 +79,25 @@ def write(trace: dict[str, Any], path: Path) -> None:
 
 
 def with_lanes(events: list[Event]) -> list[Event]:
-    """Give what was on its way between hosts lanes of its own, one for each axis: it does not end where the thread that
-    began it has gone on to."""
+    """Give what was on its way between hosts lanes of its own, one for each axis and one for messages: it does not end where
+    the thread that began it has gone on to."""
     shown: list[Event] = []
     for number, event in enumerate(events):
-        if event.get("ph") != "X" or kind_of(event) != "communication" or f" {HOST}:" not in event["name"]:
+        lane, name = _lane(event) if event.get("ph") == "X" else (None, "")
+        if lane is None:
             shown.append(event)
             continue
-        _, axis, operation = event["name"].split(" ", 2)
-        lane = {"cat": f"communication {axis}", "id": number, "name": f"{axis} {operation}", "pid": event["pid"],
-                "tid": event["tid"]}  # fmt: skip
-        shown.append({**lane, "ph": "b", "ts": event["ts"], "args": event.get("args", {})})
-        shown.append({**lane, "ph": "e", "ts": event["ts"] + event["dur"]})
+        ends = {"cat": lane, "id": number, "name": name, "pid": event["pid"], "tid": event["tid"]}
+        shown.append({**ends, "ph": "b", "ts": event["ts"], "args": event.get("args", {})})
+        shown.append({**ends, "ph": "e", "ts": event["ts"] + event["dur"]})
     return shown
+
+
+def _lane(event: Event) -> tuple[str | None, str]:
+    """Where an event is shown, None where it is, and its name there."""
+    if event["name"] in MESSAGES:
+        return "messages", event["name"]
+    if kind_of(event) != "communication" or f" {HOST}:" not in event["name"]:
+        return None, ""
+    _, axis, operation = event["name"].split(" ", 2)
+    return f"communication {axis}", f"{axis} {operation}"

@@ -141,5 +141,10 @@ def test_what_cannot_be_profiled_is_refused_or_said(workplace: Workplace) -> Non
     assert "there is no rank 3" in refused.stderr
     assert "give the first and the last step" in workplace.run(*SHORT, "--profile-steps", "11", code=2).stderr
     assert not Path(workplace.folder / "runs").exists()
-    workplace.run(*SHORT, "train.steps=1", "optim.warmup_steps=1", "--profile")
-    assert events(workplace, "not_profiled") == ["no profile: the run had too few steps left"]
+    (workplace.folder / "runs" / "run").mkdir(parents=True)
+    (workplace.folder / "runs" / "run" / "trace").write_text("in the way")
+    workplace.run(*SHORT, "train.steps=4", "--profile")
+    assert "the profile is not whole: rank 0: FileExistsError" in events(workplace, "profile_failed")[0]
+    workplace.run(*SHORT, "run.name=short", "train.steps=1", "optim.warmup_steps=1", "--profile")
+    (short,) = [r for r in workplace.records("short", "event") if r["event"] == "not_profiled"]
+    assert short["message"] == "no profile: the run had too few steps left"

@@ -152,7 +152,7 @@ def test_caveats_where_runs_are_not_alike(place: Place) -> None:
     runs = [made_up.write(place.folder / "a", records("a", steps)),
             made_up.write(place.folder / "b", records("b", steps, **there))]  # fmt: skip
     warned = " ".join(caveats(of_runs(runs)))
-    for words in ("Nothing was repeated", "different hosts: h, other", "different versions of disttrain",
+    for words in ("Nothing was repeated", "different hosts: h, other", "different commits of disttrain",
                   "b (2 ranks on 1 cores)", "same model on the same data", "a gradient was no number: a, b"):  # fmt: skip
         assert words in warned
 
