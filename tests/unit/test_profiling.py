@@ -174,7 +174,12 @@ def test_what_is_on_its_way_has_lanes_of_its_own() -> None:
     message = event("gloo:send", 41, 44, cat="user_annotation")
     shown = session.with_lanes([*cpu_step(), message])
     lanes = [e for e in shown if e["ph"] in "be"]
-    assert {e["cat"] for e in lanes} == {"communication tensor", "communication data", "communication world", "messages"}
+    assert {e["cat"] for e in lanes} == {
+        "communication tensor",
+        "communication data",
+        "communication world",
+        "messages",
+    }
     assert [e["ph"] for e in lanes].count("b") == [e["ph"] for e in lanes].count("e") == 5
     assert len({(e["cat"], e["id"]) for e in lanes}) == 5
     assert len(shown) == len(cpu_step()) + 1 + 5
