@@ -50,6 +50,7 @@ CONTESTANTS: dict[str, tuple[str, ...]] = {
     "local SGD, 8 steps": ("outer.method=average", "outer.every=8"),
     "DiLoCo, 8 steps": ("outer.method=nesterov", "outer.every=8"),
     "DiLoCo, 8 steps, int4": ("outer.method=nesterov", "outer.every=8", "compression.codec=int4"),
+    "DiLoCo, 32 steps, int8": ("outer.method=nesterov", "outer.every=32", "compression.codec=int8"),
     "Adasum": ("outer.method=adasum", "outer.every=1"),
 }
 """Name -> what it changes in the config; all else is the same. A new method is a line here and `--only NAME`."""
@@ -143,7 +144,7 @@ def existing(name: str) -> Path:
 
 def train(commit: str | None, name: str, model: str, seed: int, data: Path, words: Sequence[str], scratch: Path) -> Run:
     """One run in fresh processes. The tokens and the vocabulary are prepared by the first run of a model."""
-    label = f"{model}-{name}-{seed}"
+    label = f"{model}-{name.replace(', ', '-').replace(' ', '_')}-{seed}"
     mine = [*words, *CONTESTANTS[name]]
     command = [sys.executable, "-m", "disttrain", "train", str(HERE / MODELS[model]), "--nproc", str(RANKS),
                f"data.path={data / 'train.txt'}", f"data.held_out_path={data / 'valid.txt'}",

@@ -14,7 +14,7 @@ from disttrain.data import Data, Prepared
 from disttrain.engines import Engine
 from disttrain.launch import RankInfo
 from disttrain.mesh import Mesh, build_mesh
-from disttrain.metrics import FlopsPerSequence
+from disttrain.metrics import FlopsPerSequence, energy
 from disttrain.parallel import own_model, world
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import Groups, make_groups
@@ -42,6 +42,10 @@ class Session:
     device_name: str
     peak_flops: tuple[float, str] | None
     """Dense peak FLOP/s of one device in the run's precision and where the figure is from; None when unknown."""
+    meter: energy.Meter | None = None
+    """This rank's energy counters; None where there are none."""
+    energy_source: str = ""
+    """What these count, or why there are none."""
     choice: codec_choice.Choice | None = None
     """What `compression.codec=auto` compared last."""
 
@@ -96,7 +100,9 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared) -> Session:
     parameters, flops = _size(config)
     name = _device_name(device)
     peak = hardware.peak_flops(name, chosen)
-    return Session(config, asked, rank, mesh, groups, device, corpus, engine, parameters, flops, name, peak, choice)
+    meter, counted = energy.find_meter(_uuid(device), rank.local_rank)
+    return Session(config, asked, rank, mesh, groups, device, corpus, engine, parameters, flops, name, peak, meter, counted,
+                   choice)  # fmt: skip
 
 
 def choose_again(session: Session) -> None:
@@ -129,13 +135,10 @@ def _size(config: Config) -> tuple[int, FlopsPerSequence]:
     if model.source is not None:
         parameters, forward = own_model.measure(model, length)
         again = forward if recompute == "full" else 0.0
-        return parameters, FlopsPerSequence(causal=3 * forward, full=3 * forward, hardware=3 * forward + again)
-    predicted = config.data.mlm_probability * length if model.family == "bert" else None
-    return costs.parameter_count(model).total, FlopsPerSequence(
-        causal=costs.training_flops_per_sequence(model, length, True, predicted),
-        full=costs.training_flops_per_sequence(model, length, False, predicted),
-        hardware=costs.hardware_flops_per_sequence(model, length, recompute, predicted),
-    )
+        executed, six_n = 3 * forward + again, costs.six_n_flops_per_sequence(parameters, length)
+        return parameters, FlopsPerSequence(3 * forward, 3 * forward, executed, six_n, length)
+    parameters = costs.parameter_count(model).total
+    return parameters, FlopsPerSequence(**costs.flops_per_sequence(config), positions=length)
 
 
 def _set_up_torch(config: Config, rank: RankInfo, device: torch.device) -> None:
@@ -159,6 +162,11 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     return bool(library.mallopt(mmap_threshold, 1 << 30) and library.mallopt(trim_threshold, 2**31 - 1))
+
+
+def _uuid(device: torch.device) -> str | None:
+    """NVML's name of a GPU; None for a CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
 def _device_name(device: torch.device) -> str:

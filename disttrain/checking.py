@@ -37,9 +37,9 @@ def check(
     if not trace:
         return
     from disttrain.config.load import with_values
-    from disttrain.rehearsal.comparison import first_mismatch
+    from disttrain.rehearsal.comparison import first_deadlock, first_mismatch
     from disttrain.rehearsal.everyone import rehearse
-    from disttrain.rehearsal.report import agreement, disagreement, failure, held
+    from disttrain.rehearsal.report import agreement, deadlock, disagreement, failure, held
 
     settings = with_values(settings, {"model.vocab_size": likely_vocabulary(settings)})
     traces = rehearse(settings, world_size)
@@ -47,11 +47,14 @@ def check(
     if failed := [trace for trace in traces if trace.error is not None]:
         console.print(failure(failed[0]), markup=False, highlight=False)
         raise typer.Exit(1)
-    mismatch = first_mismatch(traces)
-    if mismatch is None:
+    if mismatch := first_mismatch(traces):
+        told = disagreement(mismatch, traces, settings, world_size)
+    elif waiting := first_deadlock(traces):
+        told = deadlock(waiting, traces, settings, world_size)
+    else:
         console.print(agreement(traces, settings, world_size))
         console.print()
         console.print(held(traces, settings))
         return
-    console.print(disagreement(mismatch, traces, settings, world_size), markup=False, highlight=False)
+    console.print(told, markup=False, highlight=False)
     raise typer.Exit(1)

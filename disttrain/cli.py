@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from disttrain import calibrating, checking, checkpoint_commands, planning
+from disttrain.compare import command as comparing
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
 
@@ -45,6 +46,8 @@ app.command("export")(checkpoint_commands.export)
 app.command("import")(checkpoint_commands.import_model)
 app.command("check")(checking.check)
 app.command("calibrate")(calibrating.calibrate)
+app.command("compare")(comparing.compare)
+app.command("report")(comparing.report)
 app.command("plan")(planning.plan)
 app.command("explain")(reading.show)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
@@ -60,9 +63,22 @@ def train(
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Local ranks to start; not inside a launcher.")] = None,
     resume: Annotated[str | None, typer.Option(help="auto, never or a checkpoint: checkpoint.resume.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Look at some steps: profile.enabled=true.")] = False,
+    profile_steps: Annotated[
+        str | None, typer.Option(metavar="A:B", help="From which step to which; with --profile or without.")
+    ] = None,
 ) -> None:
     """Train a model. Inside torchrun, deepspeed, horovodrun, mpirun or srun it joins that launcher's world."""
     words = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
+    if profile or profile_steps:
+        words.append("profile.enabled=true")
+    if profile_steps:
+        first, colon, last = profile_steps.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal()):
+            raise typer.BadParameter(
+                "give the first and the last step, 10:12 for example", param_hint="--profile-steps"
+            )
+        words.append(f"profile.steps=[{first}, {last}]")
     raise typer.Exit(_train(config, words, nproc))
 
 
@@ -243,14 +259,6 @@ def sample(
     from disttrain.tasks.sample import continue_text
 
     typer.echo(continue_text(run, prompt, tokens, temperature, top_k, seed))
-
-
-@app.command()
-def report(run: RunFolder) -> None:
-    """Print the summary of a run and draw its loss curve again."""
-    from disttrain.run import show
-
-    show(run)
 
 
 def main() -> None:

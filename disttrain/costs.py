@@ -5,8 +5,9 @@ a BERT sequence. A multiply-add is two FLOPs; only matrix products count, as in 
 al. 2022 (PaLM), appendix B. The backward pass of a product is two products of its size, so training is three times
 forward: this holds exactly, since even the first layer needs its input's gradient, for the embeddings.
 
-Three conventions of utilisation, each a function here divided by step time and peak:
+Four conventions of utilisation, each a function here divided by step time and peak:
 
+- `mfu_six_n`: `six_n_flops_per_sequence`, without attention and with embeddings, as a rule of thumb;
 - `mfu_causal`: `training_flops_per_sequence(causal=True)`, attention counted over GPT's causal triangle;
 - `mfu_full`: `causal=False`, attention counted over the whole S x S square, as most published figures do;
 - `hfu`: `hardware_flops_per_sequence`, what is computed when activations are recomputed, square attention.
@@ -15,7 +16,7 @@ Three conventions of utilisation, each a function here divided by step time and 
 from typing import Literal, NamedTuple
 
 from disttrain.config.presets import shape_of
-from disttrain.config.schema import DataConfig, ModelConfig, Precision
+from disttrain.config.schema import Config, DataConfig, ModelConfig, Precision
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -112,9 +113,21 @@ def hardware_flops_per_sequence(
     return 3 * forward.total + again[recompute]
 
 
-def six_n_flops_per_sequence(model: ModelConfig, sequence_length: int) -> float:
+def six_n_flops_per_sequence(parameters: int, sequence_length: int) -> float:
     """The rule of thumb 6 N S (Hoffmann et al. 2022), N all parameters: for comparison with published figures."""
-    return 6 * parameter_count(model).total * sequence_length
+    return 6 * parameters * sequence_length
+
+
+def flops_per_sequence(config: Config) -> dict[str, float]:
+    """Forward and backward of one full-length sequence by the four conventions: six_n, causal, full, hardware."""
+    model, length = config.model, config.data.sequence_length
+    predicted = config.data.mlm_probability * length if model.family == "bert" else None
+    return {
+        "six_n": six_n_flops_per_sequence(parameter_count(model).total, length),
+        "causal": training_flops_per_sequence(model, length, True, predicted),
+        "full": training_flops_per_sequence(model, length, False, predicted),
+        "hardware": hardware_flops_per_sequence(model, length, config.parallel.recompute, predicted),
+    }
 
 
 class StateBytes(NamedTuple):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from disttrain.config.problems import Problem
 
+INTERRUPTED = 130
+"""Exit code after a clean end that somebody asked for."""
 FIRST_SPEAKS_S = 5.0
 """How long other ranks wait with refused input: launchers end all ranks, the first too, when one has ended."""
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "HOROVOD_RANK", "SLURM_PROCID")
@@ -35,7 +37,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
 def interrupted() -> int:
     """Say so; the exit code."""
     print("disttrain: interrupted; nothing is lost, the same command goes on", file=sys.stderr)
-    return 130
+    return INTERRUPTED
 
 
 def lost_a_peer(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ TERA = 1e12
 GIGA = 1e9
 
 CPUINFO = Path("/proc/cpuinfo")
+GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 class Device(NamedTuple):
@@ -182,6 +183,15 @@ def peak_flops(device_name: str, dtype: str) -> tuple[float, str] | None:
     if device is None or dtype not in device.peak:
         return None
     return device.peak[dtype], device.source
+
+
+def gpu_name(gpus: Path = GPUS) -> str | None:
+    """Name of this machine's first NVIDIA GPU, as its driver says without torch; None without one."""
+    for path in sorted(gpus.glob("*/information")):
+        name = _cpuinfo(path, "Model")
+        if name:
+            return name
+    return None
 
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:

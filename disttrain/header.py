@@ -37,11 +37,13 @@ def header(session: Session, resumed_step: int | None) -> dict[str, Any]:
         },
         "precision": session.config.precision,
         "parameters": session.parameters,
+        "flops_six_n_per_sequence": session.flops.six_n,
         "flops_causal_per_sequence": session.flops.causal,
         "flops_full_per_sequence": session.flops.full,
         "flops_hardware_per_sequence": session.flops.hardware,
         "peak_flops_per_second": peak[0] if peak else None,
         "peak_flops_source": peak[1] if peak else f"no datasheet figure for {session.device_name}",
+        "energy_source": session.energy_source,
         "git_commit": git_commit(),
         "resumed_step": resumed_step,
     }

@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch.distributed import TCPStore
 
-from disttrain.failures import exit_code
+from disttrain.failures import INTERRUPTED, exit_code
 from disttrain.interruption import SIGNALS, Interruption, die_with_parent
 from disttrain.launch.launchers import LOCAL_RANKS
 from disttrain.launch.master import LOOPBACK
@@ -35,8 +35,8 @@ def start(ranks: int, fn: Callable[[Interruption], int], interruption: Interrupt
     `fn` finds its rank in the environment, as under any launcher, and asks its argument whether to stop; with "spawn"
     it is pickled. It gives its exit code, or raises. Ctrl-C, SIGTERM and SIGUSR1 are passed on to the ranks,
     which save a checkpoint and end with 130; without an `interruption` there is nothing to save, the ranks are killed and
-    KeyboardInterrupt is raised. When a rank fails the others are told to end, and killed after `GRACE_S`;
-    those that are stopped are killed at once.
+    KeyboardInterrupt is raised. When a rank fails the others are told to end, and killed after `GRACE_S`; those that are
+    stopped are killed at once, and those whose peer was interrupted are left to end.
     """
     context = get_context("fork") if method == "fork" else get_context("spawn")
     port, known = context.Value("i", 0), context.Event()
@@ -109,7 +109,10 @@ def _wait(processes: Sequence[BaseProcess]) -> dict[int, int]:
         if codes and deadline is None:
             failed, deadline = codes, time.monotonic() + GRACE_S
             for process in running.values():
-                process.kill() if _is_stopped(process) else process.terminate()
+                if _is_stopped(process):
+                    process.kill()
+                elif set(codes.values()) != {INTERRUPTED}:  # then all have agreed to stop: this one is about to end
+                    process.terminate()
         elif deadline is not None and time.monotonic() >= deadline:
             for process in running.values():
                 process.kill()
@@ -130,4 +133,4 @@ def _exit_code(codes: dict[int, int]) -> int:
         if code < 0:
             name = signal.Signals(-code).name
             print(f"disttrain: rank {rank} was killed by {name}; the same command resumes the run", file=sys.stderr)
-    return next((code for code in (130, 2, 1) if code in codes.values()), 1 if codes else 0)
+    return next((code for code in (INTERRUPTED, 2, 1) if code in codes.values()), 1 if codes else 0)

@@ -6,16 +6,20 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from disttrain import costs, memory, preflight
+from disttrain import costs, hardware, memory, preflight
 from disttrain.config.checks import checkpoints_on_disk, total_steps
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, Precision
 from disttrain.loggers.readable import count, size
+from disttrain.loggers.readable import flops as flops_text
 from disttrain.mesh import AXES, Mesh, build_mesh
 from disttrain.stages import layers_of_stages, stage_numbers, theoretical_bubble, virtual_stages
 
 LIKELY_VOCABULARY = {"bytes": 261, "gpt2": 50257, "bert": 30522}
 """Rows of the embedding before the tokenizer was trained or read; trained ones have data.tokenizer_vocab_size."""
+
+CONVENTIONS = {"six_n": "6N", "causal": "causal", "full": "full attention", "hardware": "executed"}
+"""What the ways to count FLOPs are called (docs/measurement.md)."""
 
 
 def likely_vocabulary(config: Config) -> int:
@@ -41,7 +45,8 @@ def _shape(config: Config, mesh: Mesh) -> Table:
     share = train.global_batch_size // mesh.data_ranks
     micro = train.micro_batch_size or share
     tokens = train.global_batch_size * config.data.sequence_length
-    parameters, flops = _size(config)
+    parameters, conventions = _size(config)
+    flops = conventions["causal"]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -57,23 +62,37 @@ def _shape(config: Config, mesh: Mesh) -> Table:
         table.add_row(name, text)
     table.add_row("batch", f"{train.global_batch_size} sequences = {mesh.data_ranks} data ranks x {share // micro} "
                            f"micro-batches x {micro} sequences")  # fmt: skip
-    table.add_row("step", f"{count(tokens)} tokens, {count(train.global_batch_size * flops)}FLOP forward and backward")
+    each = ", ".join(f"{CONVENTIONS[name]} {count(train.global_batch_size * value)}FLOP"
+                     for name, value in conventions.items())  # fmt: skip
+    table.add_row("step", f"{count(tokens)} tokens; {each}")
+    table.add_row("peak of a rank", _peak(config))
     table.add_row("run", f"{steps:,} steps, {count(steps * tokens)} tokens, "
-                         f"{count(steps * train.global_batch_size * flops)}FLOP")  # fmt: skip
+                         f"{count(steps * train.global_batch_size * flops)}FLOP, causal")  # fmt: skip
     return table
 
 
-def _size(config: Config) -> tuple[str, float]:
-    """Parameters in words, and FLOPs of training on one sequence; a model of the user's own is counted, with torch."""
+def _size(config: Config) -> tuple[str, dict[str, float]]:
+    """Parameters in words, and FLOPs of training on one sequence by conventions; a model of the user's own is counted, with
+    torch."""
     model, length = config.model, config.data.sequence_length
     if model.source is not None:
         from disttrain.parallel.own_model import measure
 
         parameters, forward = measure(model, length)
-        return f"{count(parameters)}, counted", 3 * forward
+        six_n = costs.six_n_flops_per_sequence(parameters, length)
+        return f"{count(parameters)}, counted", {"six_n": six_n, "causal": 3 * forward}
     found = costs.parameter_count(model)
-    flops = costs.training_flops_per_sequence(model, length, causal=True)
-    return f"{count(found.total)} ({count(found.embedding)} in embeddings)", flops
+    return f"{count(found.total)} ({count(found.embedding)} in embeddings)", costs.flops_per_sequence(config)
+
+
+def _peak(config: Config) -> str:
+    """What the device of this machine reaches at most, and where the figure is from."""
+    gpu = hardware.gpu_name() if config.run.device != "cpu" else None
+    precision = "bf16" if config.precision == "auto" else config.precision
+    found = hardware.peak_flops(gpu or hardware.cpu_name(), precision)
+    if found is None:
+        return f"- (no datasheet figure for {gpu or hardware.cpu_name()}, so MFU will be unknown here)"
+    return f"{flops_text(found[0])} in {precision}, {gpu} ({found[1]})"
 
 
 def _layout(config: Config, mesh: Mesh, micro_batches: int) -> Iterator[tuple[str, str]]:

@@ -2,20 +2,23 @@
 
 import platform
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from disttrain import layout
+from disttrain import layout, ranges
 from disttrain.assembly import Session
+from disttrain.config.checks import total_steps
 from disttrain.engines import StepResult
 from disttrain.loggers import Loggers
-from disttrain.metrics import Metrics, RankReading, StepReading, read_rank
+from disttrain.metrics import Metrics, RankReading, StepReading, energy, read_rank
 from disttrain.models import IGNORED
 from disttrain.parallel.collectives import gather_objects
+from disttrain.preflight import run_folder
+from disttrain.profiling import Place, Profile, Told
 from disttrain.watch import Diverged, Finding, Watch
 
 T = TypeVar("T")
@@ -36,19 +39,26 @@ class Recorder:
         )
         self._pending: list[StepResult] = []
         self._data_seconds = 0.0
+        self._energy = energy.Interval(session.meter)
         self.step: int | None = None
         """The last step that ended; None before the first of this process."""
         self._stage = session.mesh.coordinates(session.rank.rank)["pipeline"]
         self.watch = Watch(session.config.watch)
+        self._profile = _profile(session) if session.config.profile.enabled else None
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         """A step begins, before its batch is asked for."""
+        if self._profile is not None:
+            with self.excluded("profiling"):
+                self._profile.prepare(step)
+        self._energy.begin()
         self._metrics.throughput.begin_step()
 
     def waited_for(self, items: Iterable[T]) -> list[T]:
         """The items, and the time it took to get them is kept as data_seconds."""
         began = time.perf_counter()
-        gathered = list(items)
+        with ranges.named("data"):
+            gathered = list(items)
         self._data_seconds += time.perf_counter() - began
         return gathered
 
@@ -59,13 +69,21 @@ class Recorder:
         """
         self.step = step
         self._pending.append(result)
-        due = needed or step % self._every == 0
+        profile = self._profile
+        due = needed or step % self._every == 0 or (profile is not None and profile.wants_record_of(step))
         counts = self._read_counts() if due else (0, 0, 0)  # waits for the device
         sequences = self._session.config.train.global_batch_size
-        self._metrics.throughput.end_step(*counts, sequences=sequences, skipped=result.skipped)
+        looked_at = profile is not None and profile.looks_at(step)
+        self._metrics.throughput.end_step(*counts, sequences=sequences, skipped=result.skipped, profiled=looked_at)
+        joules = self._energy.end() if due else None
+        if profile is not None:
+            profile.ended(step)
         findings = [self.watch.skip(step, result.skipped)]
         if due:
-            findings += self._write(step, learning_rate, result)
+            findings += self._write(step, learning_rate, result, joules)
+        if profile is not None:
+            with self.excluded("profiling"):
+                self._tell(step, profile.recorded(step))
         return self._answer(step, [finding for finding in findings if finding is not None])
 
     def evaluate(self, step: int) -> float:
@@ -88,8 +106,20 @@ class Recorder:
             self._loggers.event(name, message, step, **details)
 
     def finish(self, step: int, reason: str) -> None:
-        """Write the summary."""
+        """End a profile that still goes on, and write the summary."""
+        if self._profile is not None:
+            with self.excluded("profiling"):
+                self._tell(step, self._profile.finish())
         self._emit(self._metrics.summary_record(step, reason))
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Stop what is still recorded when the block ends, by an error too."""
+        try:
+            yield
+        finally:
+            if self._profile is not None:
+                self._profile.abandon()
 
     def excluded(self, kind: str) -> AbstractContextManager[None]:
         """A block that is no training: its time counts in no rate."""
@@ -102,6 +132,9 @@ class Recorder:
     def roll_back(self, step: int, to: int, trainer: Mapping[str, Any]) -> None:
         """The run has gone back from `step` to the checkpoint of step `to` with this trainer's part; empty: to its start."""
         config = self._session.config
+        if self._profile is not None:
+            with self.excluded("profiling"):
+                self._tell(step, self._profile.finish("the run went back"))
         self._metrics.roll_back(trainer.get("metrics", {}))
         batch_tokens = config.train.global_batch_size * config.data.sequence_length
         said = self.watch.roll_back(step, to, trainer.get("watch", {}), batch_tokens)
@@ -139,7 +172,7 @@ class Recorder:
         self._pending = []
         return tokens, targets, padding
 
-    def _write(self, step: int, learning_rate: float, result: StepResult) -> list[Finding | None]:
+    def _write(self, step: int, learning_rate: float, result: StepResult, joules: float | None) -> list[Finding | None]:
         """Write the step record; what there is to say of it. All judge by the numbers of rank 0."""
         with self.excluded("logging"):
             traffic = self._session.engine.traffic()
@@ -150,7 +183,7 @@ class Recorder:
                 data_seconds=self._data_seconds,
                 pipeline_busy_seconds=busy, pipeline_seconds=seconds,
                 compute_seconds=self._session.engine.forward_seconds() if busy is None else busy,
-                stage=self._stage, host=platform.node(),
+                energy_joules=joules, stage=self._stage, host=platform.node(),
             )  # fmt: skip
             self._data_seconds = 0.0
             losses = {name: float(loss.sum) / max(int(loss.count), 1) for name, loss in result.losses.items()}
@@ -176,9 +209,20 @@ class Recorder:
                 raise Diverged(f"{finding.message}: lower optim.lr")
         return any(finding.action == "rollback" for finding in findings)
 
+    def _tell(self, step: int, told: Told | None) -> None:
+        if told is not None:
+            self.event(told.event, step, told.message, **told.details)
+
     def _emit(self, record: dict[str, Any]) -> None:
         if self._loggers is not None:
             self._loggers.write(record)
+
+
+def _profile(session: Session) -> Profile:
+    config, total = session.config, total_steps(session.config)
+    assert total is not None  # preflight refuses a run without a length
+    place = Place(session.rank.rank, session.device.type, config.engine, run_folder(config), total)
+    return Profile(config.profile, place, lambda: session.engine)
 
 
 def without_targets(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from disttrain.metrics import SteadyRates
 
 Record = dict[str, Any]
 
+NO_AVERAGE = "- (every step was a warm-up or profiled step)"
 SMOOTHING_SHARE = 50
 """The smoothed loss is a running mean over 1/50 of the records on each side."""
 
@@ -141,6 +142,7 @@ def _rows(run: Run, last: Record) -> list[tuple[str, str]]:
         ("tokens per second", _rate(rates, "tokens_per_second", "tokens_per_second_per_rank", run)),
         ("step time", _step_time(rates, last)),
         ("MFU", _mfu(run, rates)),
+        *_energy_row(run, summary, rates),
         *_bubble_row(run, last),
         ("memory, worst rank", _memory(last)),
     ]
@@ -211,7 +213,7 @@ def _time(record: Record) -> str:
 def _rate(rates: Record, key: str, per_rank: str, run: Run) -> str:
     total = rates[f"{key}_mean"]
     if total is None:
-        return "- (every step was a warm-up step)"
+        return NO_AVERAGE
     ranks = run.header.get("world_size", 1)
     each = f" ({readable.count(rates[f'{per_rank}_mean'])} a rank on {ranks} ranks)" if ranks > 1 else ""
     return f"{readable.count(total)}{each}, mean of {rates['measured_steps']} steps after warm-up"
@@ -219,7 +221,7 @@ def _rate(rates: Record, key: str, per_rank: str, run: Run) -> str:
 
 def _step_time(rates: Record, last: Record) -> str:
     if rates["median_step_seconds"] is None:
-        return "- (every step was a warm-up step)"
+        return NO_AVERAGE
     median, mean = rates["median_step_seconds"], rates["mean_step_seconds"]
     predicted = last.get("predicted_step_seconds")
     expected = f", predicted by compression.codec=auto {readable.step_time(predicted)}" if predicted else ""
@@ -227,15 +229,46 @@ def _step_time(rates: Record, last: Record) -> str:
 
 
 def _mfu(run: Run, rates: Record) -> str:
+    source = run.header.get("peak_flops_source") or "peak FLOP/s of this device unknown"
     if rates["mfu_causal_mean"] is not None:
-        shares = ("mfu_causal_mean", "causal"), ("mfu_full_mean", "full attention")
-        text = ", ".join(f"{readable.percent(rates[key])} {label}" for key, label in shares)
-        return f"{text}; HFU {readable.percent(rates['hfu_mean'])}"
+        shares = ("mfu_six_n_mean", "6N"), ("mfu_causal_mean", "causal"), ("mfu_full_mean", "full attention")
+        text = ", ".join(f"{readable.percent(rates[key])} {label}" for key, label in shares if rates[key] is not None)
+        peak = run.header.get("peak_flops_per_second")
+        of = f"; of {readable.flops(peak)}, {source}" if peak else ""
+        return f"{text}; HFU {readable.percent(rates['hfu_mean'])}{of}"
     if rates["measured_steps"] == 0:
-        return "- (every step was a warm-up step)"
-    flops = rates["model_flops_per_second_per_rank_mean"]
-    reached = "" if flops is None else f"; {readable.flops(flops)} a rank"
-    return f"- ({run.header.get('peak_flops_source') or 'peak FLOP/s of this device unknown'}{reached})"
+        return NO_AVERAGE
+    return f"- ({source}{_reached(run, rates)})"
+
+
+def _reached(run: Run, rates: Record) -> str:
+    """FLOP/s of a rank by every convention that the header knows; they need no peak."""
+    causal, model = rates["model_flops_per_second_per_rank_mean"], run.header.get("flops_causal_per_sequence")
+    if causal is None:
+        return ""
+    if not model:
+        return f"; {readable.flops(causal)} a rank"
+    sequences = (rates["sequences_per_second_mean"] or 0.0) / run.header.get("world_size", 1)
+    found: dict[str, float] = {}
+    for name, label in (("six_n", "6N"), ("causal", "causal"), ("full", "full attention")):
+        if flops := run.header.get(f"flops_{name}_per_sequence"):
+            found[label] = causal * flops / model
+    if flops := run.header.get("flops_hardware_per_sequence"):
+        found["executed"] = sequences * flops
+    return "; a rank " + ", ".join(f"{readable.flops(value)} {label}" for label, value in found.items())
+
+
+def _energy_row(run: Run, summary: Record | None, rates: Record) -> list[tuple[str, str]]:
+    """Energy of the run and of a token; why there is none, where the header says."""
+    source = run.header.get("energy_source")
+    if not source:
+        return []
+    each = rates["joules_per_token_mean"]
+    if each is None:
+        return [("energy", f"- ({source})")]
+    joules = (summary or {}).get("energy_joules")
+    total = "" if joules is None else f"{readable.joules(joules)}, "
+    return [("energy", f"{total}{readable.joules(each)} a token ({source})")]
 
 
 def _bubble_row(run: Run, last: Record) -> list[tuple[str, str]]:

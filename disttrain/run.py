@@ -1,31 +1,30 @@
 """One rank's whole life in a run: prepare, assemble, train, report. Every outcome has an exit code (design, section 1)."""
 
-import fcntl
 import json
 import logging
 import math
-import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
 
 from disttrain import checkpoint, data, deepspeed_config, preflight, report
 from disttrain.assembly import Session, assemble
 from disttrain.config.load import dump
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
+from disttrain.folders import exclusive, write_atomically
 from disttrain.hang import files, observer
 from disttrain.header import header
 from disttrain.interruption import Interruption
 from disttrain.launch import RankInfo
 from disttrain.loggers import Loggers, open_loggers
+from disttrain.metrics import SteadyRates
 from disttrain.parallel import world
+from disttrain.profiling import table as profile_table
 from disttrain.recorder import Recorder
 from disttrain.trainer import restore, train
 
@@ -87,7 +86,7 @@ def train_from_checkpoint(
     return train(session, recorder, interruption, restore(session, recorder))
 
 
-def drawn(folder: Path, loggers: Loggers) -> Table | None:
+def drawn(folder: Path, loggers: Loggers) -> Group | None:
     """What `draw` gives, or None and an event: a report that cannot be made does not make the training a failure."""
     try:
         return draw(folder)
@@ -98,12 +97,12 @@ def drawn(folder: Path, loggers: Loggers) -> Table | None:
 
 
 def show(folder: Path) -> None:
-    """Make the report of a run and print its table. Raises RefusedInput for an empty run."""
+    """Make the report of a run and print its tables. Raises RefusedInput for an empty run."""
     Console().print(draw(folder))
 
 
-def draw(folder: Path) -> Table:
-    """Write summary.json of a run, draw its loss curve, return its table. Raises RefusedInput for an empty run."""
+def draw(folder: Path) -> Group:
+    """Write summary.json of a run, draw its loss curve, return its tables. Raises RefusedInput for an empty run."""
     finished = report.read_run(folder)
     if not finished.steps:
         raise RefusedInput([Problem((f"run {folder}",), "no step was recorded yet", "train it for at least one step")])
@@ -111,22 +110,18 @@ def draw(folder: Path) -> Table:
         write_atomically(folder / "summary.json", json.dumps(finished.summary, indent=1))
     if any(math.isfinite(step["loss"]) for step in finished.steps):
         report.loss_curve(finished, folder / "loss_curve.png")
-    return report.summary_table(finished)
+    return Group(report.summary_table(finished), *seconds_of(finished))
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the run folder; a second run in it is refused."""
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RefusedInput([Problem((f"run folder {folder}",), "another process is training in this folder",
-                                        "wait for it, stop it, or use another run.name")]) from None  # fmt: skip
-        yield
-    finally:
-        os.close(handle)
+def seconds_of(finished: report.Run) -> list[RenderableType]:
+    """The table of a profile, after an empty line; nothing where the run has none."""
+    found = profile_table.read(finished.folder)
+    if found is None:
+        return []
+    steady = SteadyRates()
+    for record in finished.steps:
+        steady.add(record)
+    return ["", profile_table.table(found, steady.result()["median_step_seconds"])]
 
 
 def log_to(path: Path) -> None:
@@ -140,10 +135,3 @@ def log_to(path: Path) -> None:
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     logging.info("%s%s: %s", files.STARTED, socket.gethostname(), " ".join(sys.argv))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file at once, so that a crash leaves the old or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)

@@ -48,6 +48,8 @@ class Job:
     """Whether a job that is preempted, out of time or without one of its nodes goes back into the queue."""
     sweep: tuple[str, int] | None = None
     """A file of overrides and its number of lines: an array job, each task with the settings of one line."""
+    array: str | None = None
+    """Tasks of an array job in sbatch's notation, where no sweep says."""
 
     @property
     def ranks(self) -> int:
@@ -63,7 +65,7 @@ def launcher_for(config: Config) -> Launcher:
 def problems(config: Config, job: Job) -> list[Problem]:
     """Every reason why the job would not do what it says."""
     found = [*preflight.problems(config, job.nodes * job.ranks), *_ranks(config, job)]
-    return [*found, *_words(job), *_requeue(config, job)]
+    return [*found, *words_problems(job), *_requeue(config, job)]
 
 
 def sweep_problems(path: Path, config: Path, overrides: Sequence[str], job: Job) -> list[Problem]:
@@ -97,14 +99,26 @@ def lines_of(path: Path) -> list[str]:
 def render(job: Job, name: str, words: Sequence[str], python: str = "python") -> str:
     """The text of the script; `words` are a config and its overrides, as `disttrain train` takes them."""
     ranks = '"$SLURM_GPUS_ON_NODE"' if job.gpus_per_node else str(job.ranks)
+    first = "# Two lines to edit: --account and CONFIG, a config and settings that replace its own.\n"
+    settings = f"CONFIG=({shlex.join(words)})\n"
+    if job.sweep:
+        settings += SWEEP.replace("<file>", shlex.quote(job.sweep[0]))
+    start = START[job.launcher].replace("<python>", shlex.quote(python)).replace("<ranks>", ranks)
+    return around(job, name, first, settings, start)
+
+
+def around(job: Job, name: str, first: str, settings: str, start: str) -> str:
+    """A script whose command, `start`, runs in the background: it gets the signals, and its exit code is the job's.
+
+    `first` is the comment at the top, `settings` are the lines that the command needs.
+    """
     parts = [
-        "#!/bin/bash\n# Two lines to edit: --account and CONFIG, a config and settings that replace its own.\n",
+        f"#!/bin/bash\n{first}",
         *(f"#SBATCH --{option}\n" for option in _options(job, name)),
-        f"\nCONFIG=({shlex.join(words)})\n",
-        SWEEP.replace("<file>", shlex.quote(job.sweep[0])) if job.sweep else "",
+        f"\n{settings}",
         CPUS.replace("<cpus>", str(job.cpus_per_rank)),
         TRAP,
-        START[job.launcher].replace("<python>", shlex.quote(python)).replace("<ranks>", ranks),
+        start,
         WAIT,
         REQUEUE if job.requeue else "",
         'exit "$code"\n',
@@ -119,13 +133,13 @@ def _options(job: Job, name: str) -> list[str]:
         ("account", job.account),
         ("job-name", name),
         ("partition", job.partition),
-        ("array", f"1-{job.sweep[1]}" if job.sweep else None),
+        ("array", f"1-{job.sweep[1]}" if job.sweep else job.array),
         ("nodes", job.nodes),
         ("ntasks-per-node", tasks),
         ("cpus-per-task", job.cpus_per_rank * job.ranks // tasks),
         ("gpus-per-node", job.gpus_per_node or None),
         ("time", job.time),
-        ("output", "%x-%A_%a.log" if job.sweep else "%x-%j.log"),
+        ("output", "%x-%A_%a.log" if job.sweep or job.array else "%x-%j.log"),
         ("open-mode", "append"),
         ("signal", f"B:USR1@{WARNING_S}"),
     ]
@@ -242,7 +256,8 @@ def _ranks(config: Config, job: Job) -> list[Problem]:
     return found
 
 
-def _words(job: Job) -> list[Problem]:
+def words_problems(job: Job) -> list[Problem]:
+    """What Slurm would not understand."""
     given = [("--account", job.account, NAME, "a name, as `sacctmgr show associations` lists it"),
              ("--partition", job.partition, NAME, "a name, as sinfo lists it"),
              ("--time", job.time, TIME, "sbatch's notation: minutes, H:MM:SS or D-HH:MM:SS")]  # fmt: skip

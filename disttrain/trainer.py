@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from disttrain import checkpoint, codec_choice, preflight
+from disttrain import checkpoint, codec_choice, preflight, ranges
 from disttrain.assembly import Session, choose_again, renew
 from disttrain.config.checks import total_steps
 from disttrain.interruption import Interruption
@@ -20,7 +20,7 @@ def train(session: Session, recorder: Recorder, interruption: Interruption, star
     Raises Diverged when the loss is no longer a number, CheckpointFailed when a checkpoint cannot be written.
     """
     folder = preflight.run_folder(session.config) / "checkpoints"
-    with Saver(folder, session.config.checkpoint, session.device) as saver:
+    with Saver(folder, session.config.checkpoint, session.device) as saver, recorder.closing():
         return _train(session, recorder, interruption, saver, start)
 
 
@@ -32,13 +32,14 @@ def _train(session: Session, recorder: Recorder, interruption: Interruption, sav
     held_out: tuple[int, float] = (-1, 0.0)
     """Step and loss of the last evaluation."""
     while stop is None:
-        recorder.begin_step()
+        recorder.begin_step(step + 1)
         micro_batches = recorder.waited_for(
             session.data.micro_batches(recorder.watch.position(step), session.data_rank, session.mesh.data_ranks)
         )
         step += 1
         rate = learning_rate(config.optim, step, steps)
-        result = session.engine.step(micro_batches, step, rate)
+        with ranges.named("engine"):
+            result = session.engine.step(micro_batches, step, rate)
         asked = interruption.requested or interruption.hosts_changed
         interrupted, late, unsaved = any_rank(asked, recorder.over_time(config.train.seconds), saver.failed)
         if unsaved:
@@ -59,7 +60,7 @@ def _train(session: Session, recorder: Recorder, interruption: Interruption, sav
             save(session, recorder, saver, step, held_out, beside=stop is None)
         report_saved(recorder, saver)
         if session.choice is not None and stop is None and due(config.compression.look_every, step):
-            look_at_link(session, recorder, saver, step, held_out)
+            saved = look_at_link(session, recorder, saver, step, held_out, saved)
     if stop != "interrupted" and held_out[0] != step:
         held_out = step, recorder.evaluate(step)
     if saved != step:
@@ -73,19 +74,25 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def look_at_link(session: Session, recorder: Recorder, saver: Saver, step: int, held_out: tuple[int, float]) -> None:
-    """Choose a codec anew where the link has changed, and go on from a checkpoint as after a resume."""
+def look_at_link(
+    session: Session, recorder: Recorder, saver: Saver, step: int, held_out: tuple[int, float], saved: int
+) -> int:
+    """Choose a codec anew where the link has changed, and go on from a checkpoint as after a resume; step of the newest
+    checkpoint."""
     assert session.choice is not None
     with recorder.excluded("choosing"):
         before, zero = session.choice, session.config.parallel.zero
         if not codec_choice.changed(before, session.groups, zero, session.device):
-            return
-        path = save(session, recorder, saver, step, held_out, beside=False)
+            return saved
+        if saved != step:
+            save(session, recorder, saver, step, held_out, beside=False)
+        saver.wait()
         choose_again(session)
-        load(session, path)
+        load(session, checkpoint.path_of(saver.folder, step))
     now = session.choice
     message = f"the link has changed from {before.speed} to {now.speed}; {now.reason}"
     recorder.event("codec_chosen", step, message, **asdict(now))
+    return step
 
 
 def roll_back(session: Session, recorder: Recorder, saver: Saver, step: int) -> tuple[int, tuple[int, float]]:
@@ -109,8 +116,8 @@ def roll_back(session: Session, recorder: Recorder, saver: Saver, step: int) -> 
 
 def save(
     session: Session, recorder: Recorder, saver: Saver, step: int, held_out: tuple[int, float], beside: bool
-) -> Path:
-    """Write a checkpoint of this step, with all ranks, and with the held-out loss if that is of this step; where.
+) -> None:
+    """Write a checkpoint of this step, with all ranks, and with the held-out loss if that is of this step.
 
     It may be written `beside` the next steps, or is waited for.
     """
@@ -121,7 +128,6 @@ def save(
                    "watch": recorder.watch.state_dict()}  # fmt: skip
         saver.save(step, state, trainer, beside)
     report_saved(recorder, saver)
-    return checkpoint.path_of(saver.folder, step)
 
 
 def report_saved(recorder: Recorder, saver: Saver) -> None:

@@ -117,9 +117,9 @@ class Watch:
         return Finding("rolled_back", message, details)
 
     def slow_ranks(self, readings: Sequence[RankReading], interval: Mapping[str, Any]) -> list[Finding]:
-        """Compare ranks over at least COMPARED_STEPS steps that are no warm-up; which have become slow, each told once.
+        """Compare ranks over at least COMPARED_STEPS steps that count in averages; which have become slow, each told once.
         `interval` is the step record of the readings."""
-        if self._config.slow_rank is None or interval["warmup"]:
+        if self._config.slow_rank is None or interval["warmup"] or interval.get("profiled"):
             return []
         for r in readings:
             data, compute = self._own.get(r.rank, (0.0, 0.0))

@@ -11,15 +11,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "disttrain"
 
 LAYERS: list[set[str]] = [
     {"hardware", "launch", "capabilities", "config", "interruption"},
-    {"mesh", "costs", "failures"},
+    {"mesh", "costs", "failures", "folders"},
     {"stages", "deepspeed_config", "hang", "moments"},
     {"layout", "memory"},
-    {"models", "data", "optim", "precision", "checkpoint_contents"},
+    {"models", "data", "optim", "precision", "checkpoint_contents", "ranges"},
     {"grad_compression"},
     {"parallel"},
     {"engines"},
     {"checkpoint", "metrics", "loggers", "report", "codec_choice"},
-    {"assembly", "preflight", "overview", "doctor", "saving", "watch"},
+    {"assembly", "preflight", "overview", "doctor", "saving", "watch", "profiling"},
     {"header", "recorder"},
     {"trainer"},
     {"tasks", "run", "slurm_script"},
@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"planner"},
     {"calibration"},
     {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands", "checking", "calibrating", "planning"},
+    {"compare"},
     {"cli", "__main__"},
 ]
 """Module names from the bottom; a module may import what is lower, or its own package."""
@@ -39,8 +40,8 @@ SAME_LAYER = {("launch", "config"), ("capabilities", "config"), ("hardware", "co
 
 TORCH_FREE = ["hardware", "launch", "capabilities", "config.load", "config.checks", "config.describe", "mesh", "costs",
               "stages", "deepspeed_config", "layout", "memory", "data", "preflight", "overview", "loggers", "report",
-              "watch", "slurm_script", "failures", "hang.reading", "preparing", "planning", "planner.config",
-              "planner.report", "planner.search", "cli"]  # fmt: skip
+              "watch", "slurm_script", "failures", "hang.reading", "preparing", "folders", "compare.command",
+              "compare.report", "planning", "planner.config", "planner.report", "planner.search", "cli"]  # fmt: skip
 
 TOO_LONG: dict[str, int] = {}
 """Files that may have more than 350 lines, and how many; this list may only shrink."""

@@ -17,7 +17,9 @@ from tests import warm
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = ROOT / "configs/wandb_sweep.yaml"
 """A search over settings, in W&B's language: tests/runs/test_wandb.py."""
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {SWEEP})
+STRATEGIES = set((ROOT / "configs/sweeps").iterdir())
+"""Strategies to compare: tests/unit/compare/test_plan.py."""
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {SWEEP} - STRATEGIES)
 
 SMALL = ["train.steps=3", "optim.warmup_steps=1", "train.eval_sequences=8", "data.max_bytes=300000", "model.layers=4",
          "data.cache_dir=cache", "model.preset=null", "model.hidden_size=32",

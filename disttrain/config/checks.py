@@ -6,6 +6,7 @@ from disttrain.config.compression_checks import compression_problems
 from disttrain.config.layout_checks import layout_problems
 from disttrain.config.outer_checks import outer_problems
 from disttrain.config.problems import Problem
+from disttrain.config.profile_checks import profile_problems
 from disttrain.config.schema import Config
 from disttrain.config.settings import given, no_effect, setting
 from disttrain.config.watch_checks import watch_problems
@@ -40,6 +41,7 @@ def validate(config: Config, world_size: int) -> list[Problem]:
         compression_problems(config, world_size, total_steps(config)),
         outer_problems(config),
         watch_problems(config, world_size),
+        profile_problems(config, world_size, total_steps(config)),
     )
     return [*(problem for check in checks for problem in check), *layout_problems(config, world_size)]
 

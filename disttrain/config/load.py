@@ -39,7 +39,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     is suggested), wrong types, values out of range.
     """
     problems: list[Problem] = []
-    tree = _read(Path(path), problems) if path is not None else {}
+    tree = read_tree(Path(path), problems) if path is not None else {}
     for word in overrides:
         _override(tree, word, problems)
     if path is not None and isinstance(tree.get("run", {}), dict):
@@ -92,7 +92,8 @@ def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _read(path: Path, problems: list[Problem]) -> dict[str, Any]:
+def read_tree(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    """The settings in a YAML file; empty, and a problem more, where it cannot be read or holds none."""
     try:
         tree = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -162,18 +163,19 @@ def _validate(tree: dict[str, Any], problems: list[Problem]) -> Config | None:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems.extend(_explain(e) for e in error.errors())
+        problems.extend(explain(e, all_keys(), "`disttrain schema`") for e in error.errors())
         return None
 
 
-def _explain(error: Any) -> Problem:
+def explain(error: Any, known: Sequence[str], reference: str) -> Problem:
+    """One of pydantic's errors in our words; `known` are the settings there are, `reference` is where they are listed."""
     key = ".".join(str(part) for part in error["loc"]) or "''"
     value = error["input"]
     if error["type"] == "extra_forbidden":
-        guess = nearest(key, all_keys())
+        guess = nearest(key, known)
         if guess is None and len(error["loc"]) == 1:
-            guess = nearest(key, list(Config.model_fields))
-        return Problem((key,), "unknown setting", f"did you mean '{guess}'?" if guess else "see `disttrain schema`")
+            guess = nearest(key, sorted({name.split(".")[0] for name in known}))
+        return Problem((key,), "unknown setting", f"did you mean '{guess}'?" if guess else f"see {reference}")
     given = f"{key}={value!r}" if not isinstance(value, dict) else key
     if error["type"] == "missing":
         return Problem((key,), "this setting must be given", f"add {error['loc'][-1]}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from disttrain.config.gradients import HorovodConfig, OuterConfig
+from disttrain.config.profile import ProfileConfig
 from disttrain.config.section import Fraction, NonNegative, Positive, Section, Size
 from disttrain.config.watching import WatchConfig
 
@@ -336,4 +337,5 @@ class Config(Section):
     horovod: HorovodConfig = HorovodConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watch: WatchConfig = WatchConfig()
+    profile: ProfileConfig = ProfileConfig()
     log: LogConfig = LogConfig()

@@ -1,5 +1,10 @@
 """Settings by their dotted names: how checks read and name them."""
 
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 
@@ -17,7 +22,12 @@ def given(config: Config, key: str) -> bool:
     """Whether the user asked for something here: a value other than the default (which a saved config writes out)."""
     section, name = key.split(".")
     model = getattr(config, section)
-    return getattr(model, name) != type(model).model_fields[name].get_default(call_default_factory=True)
+    return getattr(model, name) != _default(type(model), name)
+
+
+@cache  # asked half a million times where layouts are enumerated; nobody changes a default
+def _default(section: type[BaseModel], name: str) -> Any:
+    return section.model_fields[name].get_default(call_default_factory=True)
 
 
 def no_effect(config: Config, key: str, because: str, fix: str) -> Problem:

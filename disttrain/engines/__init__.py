@@ -53,6 +53,10 @@ class StepResult:
 class Engine(Protocol):
     """One optimizer step, evaluation and state; all ranks call each method together."""
 
+    watch: Callable[[Moment], None] | None
+    """Called within a step when gradients are complete but still scaled, when clipped (DeepSpeed does not say), and when
+    updated: for proofs and profiles."""
+
     def step(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
         """Forward, backward, reduce, unscale, clip, update: this rank's micro-batches of step number `step`."""
         ...
@@ -71,6 +75,11 @@ class Engine(Protocol):
 
     def forward_seconds(self) -> float | None:
         """Seconds of this rank's forward passes since the last call; None where they are not known."""
+        ...
+
+    def kept(self) -> Mapping[str, list[Tensor]]:
+        """This rank's tensors that stay from step to step by kind, `weights` and `optimizer` (all that updates need), and
+        its `gradients` as long as there are some. For a profile of its memory."""
         ...
 
     def state_dict(self) -> State:
@@ -94,9 +103,6 @@ class ProvenEngine(Engine, Protocol):
     """What `disttrain verify` looks at beside: the inside of a step, weights and gradients."""
 
     groups: Groups
-    watch: Callable[[Moment], None] | None
-    """Called within a step when gradients are complete but still scaled, when clipped (DeepSpeed does not say), and when
-    updated."""
 
     @property
     def scale(self) -> LossScale:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from disttrain import ranges
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, Precision
 from disttrain.deepspeed_config import translate
@@ -124,8 +125,10 @@ class DeepSpeedEngine:
 
     def _backward(self, batch: dict[str, Tensor], counts: dict[str, Tensor], last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
-        loss, sums = objective.descended(self.engine(batch, self.config.train.label_smoothing), counts)
-        self.engine.backward(loss * self.groups.world.size, scale_wrt_gas=False)
+        with ranges.named("forward"):
+            loss, sums = objective.descended(self.engine(batch, self.config.train.label_smoothing), counts)
+        with ranges.named("backward"):
+            self.engine.backward(loss * self.groups.world.size, scale_wrt_gas=False)
         return sums
 
     def _norm(self) -> Tensor:
@@ -168,6 +171,14 @@ class DeepSpeedEngine:
 
     def forward_seconds(self) -> None:
         """DeepSpeed's are not measured."""
+
+    def kept(self) -> dict[str, list[Tensor]]:
+        """The model's weights, and what DeepSpeed's optimizer holds: master weights, where it has some, and moments."""
+        inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        held = [p.data for group in inner.param_groups for p in group["params"]]
+        held += [x for state in inner.state.values() for x in state.values() if isinstance(x, Tensor)]
+        gradients = [p.grad for _, p in self.parameters if p.grad is not None]
+        return {"weights": [p.data for _, p in self.parameters], "optimizer": held, "gradients": gradients}
 
     def held(self, what: Held) -> list[tuple[sharding.Shard, Tensor]]:
         """Every whole weight, the model's copy of it, or (scaled, summed) gradient. All ranks call it."""

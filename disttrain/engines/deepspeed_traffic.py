@@ -5,9 +5,11 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from disttrain import ranges
 from disttrain.parallel.collectives import Traffic, all_gathered, all_reduced, exchanged, reduce_scattered
 
 SENT: dict[str, tuple[int, Callable[..., float]]] = {
@@ -31,10 +33,13 @@ def _counted(method: Callable, place: int, ring: Callable[..., float], traffic: 
     @wraps(method)
     def counted(*args: Any, **kwargs: Any) -> Any:
         sent = args[place] if len(args) > place else kwargs.get("input_tensor", kwargs.get("tensor"))
+        device = torch.device("cpu")
         for tensor in sent if isinstance(sent, list | tuple) else [sent]:
             if isinstance(tensor, Tensor):
                 ranks = dist.get_world_size()
                 traffic.add(tensor, ring(ranks, tensor.device) if ring is reduce_scattered else ring(ranks))
-        return method(*args, **kwargs)
+                device = tensor.device
+        with ranges.communication("data", method.__name__, device) as until:
+            return until(method(*args, **kwargs))
 
     return counted

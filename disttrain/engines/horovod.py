@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from disttrain import ranges
 from disttrain.config.schema import Config, Precision
 from disttrain.engines import Reduction, horovod_world
 from disttrain.engines.native import NativeEngine
@@ -58,7 +59,8 @@ class Summed:
     def complete(self) -> None:
         """Wait for the sums. A gradient that no rank has made stays None, where Horovod makes zeros."""
         made = any_rank(*(parameter.grad is not None for _, parameter in self._named))
-        self._optimizer.synchronize()
+        with ranges.communication("data", "synchronize", self._named[0][1].device):  # Horovod's threads are in no trace
+            self._optimizer.synchronize()
         for (_, parameter), somewhere in zip(self._named, made, strict=True):
             if not somewhere:
                 parameter.grad = None
@@ -128,8 +130,9 @@ class Adasum:
 
     def _reduce(self, named: Sequence[tuple[str, Tensor]], op: Any) -> None:
         handles = [self._hvd.allreduce_async_(tensor, name=name, op=op) for name, tensor in named]
-        for handle in handles:
-            self._hvd.synchronize(handle)
+        with ranges.communication("data", "synchronize", named[0][1].device):
+            for handle in handles:
+                self._hvd.synchronize(handle)
         count((tensor for _, tensor in named), self._groups, False)
 
 

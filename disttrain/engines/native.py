@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from disttrain import ranges
 from disttrain.config.checks import total_steps
 from disttrain.config.schema import ONE_BIT, Config, Precision
 from disttrain.engines import Batch, Held, Moment, Reduction, Saved, State, StepResult, objective
-from disttrain.engines.native_state import NativeState
+from disttrain.engines.native_state import NativeState, make_compressor
 from disttrain.grad_compression.compressor import Compressor, Known
 from disttrain.models import Model
 from disttrain.models.layers import LossSum
 from disttrain.optim import OneBitAdamW, OneBitLamb, build_optimizer
 from disttrain.parallel import data, gradients, sharding
-from disttrain.parallel.collectives import Counted, GroupLink, reduce_over
-from disttrain.parallel.groups import Group, Groups, beside
+from disttrain.parallel.collectives import Counted, reduce_over
+from disttrain.parallel.groups import Groups, beside
 from disttrain.parallel.outer import OuterSteps
 from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
@@ -47,7 +48,7 @@ class NativeEngine:
         self._workers = link = groups.coded(config.parallel.zero)
         if config.outer.overlap:
             link = beside(groups, config.parallel.zero)
-        self._compressor = compressor or _make_compressor(config, link)
+        self._compressor = compressor or make_compressor(config, link)
         summed = reduction is None and not apart
         self.chunks = parallelize(config, groups, device, precision, summed, self._compressor, apart)
         self.parameters = [p for chunk in self.chunks for p in chunk.parameters if p.parameter.requires_grad]
@@ -160,7 +161,7 @@ class NativeEngine:
         else:
             self._settle(batches, scaled)
             with self._clock.whole():
-                sums = [self._backward(b, scaled, last=b is batches[-1]) for b in batches]
+                sums = [self._backward(b, scaled, b is batches[-1], i) for i, b in enumerate(batches)]
         total = torch.stack(sums).sum(0) if sums else torch.zeros(len(counts), device=self.device)
         total = total.to(master_dtype(self.precision))
         return total if self.groups.tensor.rank == 0 else torch.zeros_like(total)
@@ -183,15 +184,17 @@ class NativeEngine:
             self._compressor.forget()  # and the step itself may change residuals later, with `keep`
         self._settled = True
 
-    def _backward(self, batch: dict[str, Tensor], scaled: Callable, last: bool) -> Tensor:
+    def _backward(self, batch: dict[str, Tensor], scaled: Callable, last: bool, number: int = 0) -> Tensor:
         """Forward and backward of one micro-batch; whole gradients are reduced with the last one only."""
         chunk = self.chunks[0]
         data.synchronise(chunk.model, self.config.parallel.zero, last)
         with data.unsynchronised(chunk.module, last):
-            with self._clock.busy(), autocast(self.precision, self.device.type):
-                losses = chunk.module(batch, self.config.train.label_smoothing)
-            loss, kept = scaled(losses)
-            loss.backward()
+            with ranges.named("forward", "micro-batch", number):
+                with self._clock.busy(), autocast(self.precision, self.device.type):
+                    losses = chunk.module(batch, self.config.train.label_smoothing)
+                loss, kept = scaled(losses)
+            with ranges.named("backward", "micro-batch", number):
+                loss.backward()
         return kept
 
     def _run_schedule(self, pipeline: Pipeline, batches: list[dict[str, Tensor]], scaled: Callable) -> list[Tensor]:
@@ -305,6 +308,10 @@ class NativeEngine:
             return p.master.detach()
         return torch.zeros_like(p.master) if p.gradient is None else p.gradient
 
+    def kept(self) -> dict[str, list[Tensor]]:
+        """The tensors that this rank holds from step to step, and gradients where there are some; see `Engine.kept`."""
+        return self._state.kept()
+
     def state_dict(self) -> State:
         """Weights and moments by parameter name, each knowing its place in the whole, and the loss scale."""
         if self._reduction is not None:
@@ -341,10 +348,3 @@ class NativeEngine:
             self._outer.close()
         self.chunks, self.parameters, self._pipeline, self._outer = [], [], None, None
         gc.collect()
-
-
-def _make_compressor(config: Config, group: Group) -> Compressor | None:
-    """What sums gradients, or changes, in a group; None where they stay whole, or where there is nobody to send them to."""
-    if config.compression.codec == "none" or group.size == 1:
-        return None
-    return Compressor(config.compression, GroupLink(group), config.run.seed)

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from disttrain.config.schema import Config
 from disttrain.engines import Saved, State
 from disttrain.grad_compression.compressor import Compressor
 from disttrain.optim import OneBitAdamW, OneBitLamb, no_moments
 from disttrain.parallel import compression_state, sharding
+from disttrain.parallel.collectives import GroupLink
 from disttrain.parallel.groups import Group, Groups
 from disttrain.parallel.outer import OuterSteps
 from disttrain.parallel.sharding import LocalParameter
@@ -30,6 +32,18 @@ class NativeState:
     device_type: str
     late: dict[str, Tensor] = field(default_factory=dict)
     """What an earlier run's codec had left behind and no step has used yet, where nothing is coded any more."""
+
+    def kept(self) -> dict[str, list[Tensor]]:
+        """What is held in memory, by kind; tensors that share memory may come twice."""
+        weights = [sharding.local(p.parameter) for p in self.parameters] + [p.master for p in self.parameters]
+        moments = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        if self.outer is not None:
+            moments += [*self.outer.weight.values(), *self.outer.momentum.values()]
+        if self.compressor is not None:
+            moments += [*self.compressor.residual.values(), *self.compressor.factor.values()]
+        gradients = [p.parameter.grad for p in self.parameters] + [p.gradient for p in self.parameters]
+        present = [sharding.local(gradient) for gradient in gradients if gradient is not None]
+        return {"weights": weights, "optimizer": moments, "gradients": present}
 
     def tensors(self) -> State:
         """For a checkpoint: each tensor knows its place in the whole."""
@@ -92,3 +106,10 @@ class NativeState:
         elif self.outer is None:
             return compression_state.take_late(found, self.parameters, self.link, self.tied, self.groups)
         return {}
+
+
+def make_compressor(config: Config, group: Group) -> Compressor | None:
+    """What sums gradients, or changes, in a group; None where they stay whole, or where there is nobody to send them to."""
+    if config.compression.codec == "none" or group.size == 1:
+        return None
+    return Compressor(config.compression, GroupLink(group), config.run.seed)

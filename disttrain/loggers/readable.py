@@ -20,6 +20,12 @@ def flops(value: float) -> str:
     return f"{number} {prefix}FLOP/s"
 
 
+def joules(value: float) -> str:
+    """Joules -> `4.00 kJ` (decimal prefixes)."""
+    number, prefix = _scaled(value)
+    return f"{number} {prefix}J"
+
+
 def _scaled(value: float) -> tuple[str, str]:
     """(three significant digits, prefix)."""
     prefixes = {1.0: "", 1e3: "k", 1e6: "M", 1e9: "G", 1e12: "T", 1e15: "P"}

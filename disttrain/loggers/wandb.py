@@ -12,7 +12,7 @@ from disttrain.loggers.scalars import scalars
 ID_FILE = "wandb_id"
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 120.0}
 """Seconds that W&B may hold up the start and the end of training; WANDB_INIT_TIMEOUT and so on win."""
-REPORT = ("config.yaml", "summary.json", "loss_curve.png", "metrics.jsonl")
+REPORT = ("config.yaml", "summary.json", "loss_curve.png", "metrics.jsonl", "trace/step_seconds.json")
 """Files of the run folder that the artefact of a finished run holds."""
 ALERTS = ("not_finite", "loss_spike", "rolled_back", "slow_rank")
 """Events that W&B sends to people, at most one a minute under each name."""
@@ -33,7 +33,7 @@ class WandbSink:
     def __init__(self, config: Config, run_dir: Path, reached_step: int):
         import wandb
 
-        run_id, known = _run_id(run_dir)
+        run_id, known = id_of(run_dir)
         self._reached = reached_step if known else 0
         self._exit_code = 1  # until a summary says that training ended by itself
         self._run_dir = run_dir
@@ -42,8 +42,8 @@ class WandbSink:
         os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))
         try:
             self._run = wandb.init(
-                id=run_id, resume="allow", dir=str(run_dir), mode=config.log.wandb_mode, settings=_settings(),
-                **_labels(config),
+                id=run_id, resume="allow", dir=str(run_dir), mode=config.log.wandb_mode, settings=quiet_settings(),
+                **labels(config),
             )  # fmt: skip
         except Exception as error:
             error.add_note("without a network or a login use log.wandb_mode=offline, and upload later")
@@ -102,7 +102,7 @@ class WandbSink:
         return shlex.join(["wandb", "sync", *([] if self._offline else ["--include-online"]), folder])
 
 
-def _labels(config: Config) -> dict[str, Any]:
+def labels(config: Config) -> dict[str, Any]:
     """Where the run stands in W&B: our settings, else W&B's own variables, else a default."""
     log, environ = config.log, os.environ
     array = environ.get("SLURM_ARRAY_JOB_ID")
@@ -116,7 +116,8 @@ def _labels(config: Config) -> dict[str, Any]:
     }
 
 
-def _settings() -> Any:
+def quiet_settings() -> Any:
+    """W&B without output of its own, and without what it would gather beside our records."""
     import wandb
 
     limits: dict[str, Any] = {
@@ -129,7 +130,7 @@ def _settings() -> Any:
     )
 
 
-def _run_id(run_dir: Path) -> tuple[str, bool]:
+def id_of(run_dir: Path) -> tuple[str, bool]:
     """(id of the W&B run, whether an earlier process used it); made once and kept in the run folder.
 
     WANDB_RUN_ID wins: a sweep's agent has made the run already, and says so there.

@@ -3,6 +3,7 @@
 `docs/measurement.md` says the same in prose; a test keeps its tables equal to `METRICS`.
 """
 
+from disttrain.metrics import energy
 from disttrain.metrics.keys import METRICS, Metric, markdown_tables, unknown_keys
 from disttrain.metrics.ranks import RankReading, read_rank, reduce_ranks
 from disttrain.metrics.records import Metrics, StepReading, perplexity
@@ -18,6 +19,7 @@ __all__ = [
     "SteadyRates",
     "StepReading",
     "Throughput",
+    "energy",
     "flop_rates",
     "markdown_tables",
     "perplexity",

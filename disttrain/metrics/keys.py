@@ -54,6 +54,7 @@ _ALL = (
     # step: time
     Metric("interval_steps", "steps", "steps since the last step record: n", _STEP),
     Metric("warmup", "-", "true when one of the n steps is a warm-up step", _STEP),
+    Metric("profiled", "-", "true when one of the n steps was looked at by a profiler", _STEP),
     Metric("step_seconds", "s", "time inside the n steps / n", _STEP),
     Metric("predicted_step_seconds", "s", "what compression.codec=auto expects; null where it was not asked", _STEP),
     Metric("tokens_per_second", "tokens/s", "tokens of the n steps / time inside them", _STEP),
@@ -77,12 +78,27 @@ _ALL = (
     Metric(
         "model_flops_per_second_per_rank",
         "FLOP/s",
-        "causal FLOPs of a sequence x sequences_per_second / world size",
+        "causal FLOPs of a full-length sequence / its tokens x tokens_per_second / world size",
         _STEP,
     ),
+    Metric("mfu_six_n", "-", "the same by the rule of thumb 6 N a token, N all parameters, / peak of one rank", _STEP),
     Metric("mfu_causal", "-", "model_flops_per_second_per_rank / peak of one rank; null on unknown hardware", _STEP),
     Metric("mfu_full", "-", "the same with attention counted over the whole square", _STEP),
-    Metric("hfu", "-", "the same with the FLOPs executed, recomputation included", _STEP),
+    Metric(
+        "hfu",
+        "-",
+        "FLOPs executed of a sequence, recomputation and padding included, x sequences_per_second / world size / peak of "
+        "one rank",
+        _STEP,
+    ),
+    # step: energy
+    Metric(
+        "energy_joules",
+        "J",
+        "energy of the n steps of what energy_source names, in a summary that of all steps of the run; null if unknown",
+        _STEP_END,
+    ),
+    Metric("joules_per_token", "J/token", "energy_joules / tokens of the n steps", _STEP),
     # step: the worst rank
     Metric("peak_allocated_bytes_max", "bytes", "most device memory in tensors since start; null on a CPU", _STEP_END),
     Metric("peak_allocated_bytes_max_rank", "-", "rank of peak_allocated_bytes_max", _STEP_END),
@@ -129,19 +145,24 @@ _ALL = (
     Metric("evaluation_seconds", "s", "time of evaluations, earlier processes added", _END),
     Metric("checkpoint_seconds", "s", "time in which training waited for checkpoints, earlier processes added", _END),
     Metric("choosing_seconds", "s", "time of looking at the link and choosing a codec after the start", _END),
+    Metric("profiling_seconds", "s", "time of preparing and writing a profile, earlier processes added", _END),
     Metric("logging_seconds", "s", "time of collecting and writing records, earlier processes added", _END),
     Metric("best_eval_loss", "nats", "lowest eval_loss", _END),
     Metric("best_eval_step", "steps", "step of best_eval_loss", _END),
-    Metric("measured_steps", "steps", "steps of this process in step records without a warm-up step: m", _END),
+    Metric(
+        "measured_steps", "steps", "steps of this process in step records without a warm-up or profiled step: m", _END
+    ),
     Metric("mean_step_seconds", "s", "time inside the m steps / m", _END),
     Metric("median_step_seconds", "s", "median of step_seconds over the records of the m steps", _END),
     Metric("tokens_per_second_mean", "tokens/s", "tokens of the m steps / time inside them", _END),
     Metric("tokens_per_second_per_rank_mean", "tokens/s", "tokens_per_second_mean / world size", _END),
     Metric("sequences_per_second_mean", "sequences/s", "sequences of the m steps / time inside them", _END),
     Metric("model_flops_per_second_per_rank_mean", "FLOP/s", "model_flops_per_second_per_rank over the m steps", _END),
+    Metric("mfu_six_n_mean", "-", "mfu_six_n over the m steps", _END),
     Metric("mfu_causal_mean", "-", "mfu_causal over the m steps", _END),
     Metric("mfu_full_mean", "-", "mfu_full over the m steps", _END),
     Metric("hfu_mean", "-", "hfu over the m steps", _END),
+    Metric("joules_per_token_mean", "J/token", "energy of the m steps / their tokens", _END),
     # header
     Metric("name", "-", "run.name", _HEAD),
     Metric("config", "-", "the resolved configuration, as in config.yaml", _HEAD),
@@ -152,6 +173,7 @@ _ALL = (
     Metric("hardware", "-", "host, device name and count, cores, memory", _HEAD),
     Metric("precision", "-", "precision of this process, after auto", _HEAD),
     Metric("parameters", "-", "parameters of the whole model, tied ones once", _HEAD),
+    Metric("flops_six_n_per_sequence", "FLOP", "6 x parameters x tokens of a full-length sequence", _HEAD),
     Metric("flops_causal_per_sequence", "FLOP", "forward and backward of one sequence, causal attention", _HEAD),
     Metric("flops_full_per_sequence", "FLOP", "the same with attention over the whole square", _HEAD),
     Metric("flops_hardware_per_sequence", "FLOP", "the same with what is executed, recomputation included", _HEAD),
@@ -159,6 +181,7 @@ _ALL = (
         "peak_flops_per_second", "FLOP/s", "dense peak of one rank's device in this precision; null if unknown", _HEAD
     ),
     Metric("peak_flops_source", "-", "where that number comes from, or why there is none", _HEAD),
+    Metric("energy_source", "-", "which counters energy_joules is of, or why it is null", _HEAD),
     Metric("git_commit", "-", "commit of disttrain, with + when its tree was changed; null if unknown", _HEAD),
     Metric("resumed_step", "steps", "step of the checkpoint that this process started from; null for a new run", _HEAD),
     # event

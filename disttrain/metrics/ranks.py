@@ -38,6 +38,8 @@ class RankReading:
     """Bytes that left this rank since the last step record, with rings."""
     compute_seconds: float | None = None
     """Time of forward passes, or in which stages computed, since the last step record; None where it is not known."""
+    energy_joules: float | None = None
+    """Energy of the steps since the last step record of what this rank reads; None where it is not known."""
     stage: int = 0
     """Pipeline rank: ranks with the same one compute the same."""
     host: str = ""

@@ -70,6 +70,7 @@ class Metrics:
         self._last: dict[str, Any] = {}
         self._last_eval: dict[str, Any] = {}
         self._best: tuple[float, int] | None = None
+        self._joules: float | None = 0.0
 
     def step_record(self, reading: StepReading) -> dict[str, Any]:
         """The step record of every step since the last one. Raises ValueError when there was none."""
@@ -89,13 +90,21 @@ class Metrics:
             "skipped_steps": self.throughput.skipped_steps,
             **timing,
             "predicted_step_seconds": reading.predicted_step_seconds,
-            **flop_rates(timing["sequences_per_second"], self._ranks, self._flops, self._peak),
+            **flop_rates(timing, self._ranks, self._flops, self._peak),
             **reduce_ranks(reading.ranks or [RankReading(0)], interval.steps),
+            **self._energy(reading.ranks, interval.tokens),
             "pipeline_bubble_fraction_theory": self._bubble_theory,
         }
         self._steady.add(record)
         self._last = record
         return record
+
+    def _energy(self, ranks: Sequence[RankReading], tokens: int) -> dict[str, float | None]:
+        """Energy of the interval, which is added to that of the run; unknown where that of one rank is."""
+        known = [r.energy_joules for r in ranks if r.energy_joules is not None]
+        joules = sum(known) if known and len(known) == len(ranks) else None
+        self._joules = None if joules is None or self._joules is None else self._joules + joules
+        return {"energy_joules": joules, "joules_per_token": None if joules is None or not tokens else joules / tokens}
 
     def eval_record(
         self,
@@ -145,6 +154,7 @@ class Metrics:
             **{f"{kind}_seconds": excluded[kind] for kind in EXCLUDED},
             "best_eval_loss": best_loss,
             "best_eval_step": best_step,
+            "energy_joules": self._joules if self._last else None,
             **self._steady.result(),
         }
 
@@ -153,6 +163,7 @@ class Metrics:
         return {
             "best_eval": list(self._best) if self._best else None,
             "throughput": self.throughput.state_dict(),
+            "energy_joules": self._joules,
         }
 
     def roll_back(self, state: Mapping[str, Any]) -> None:
@@ -166,6 +177,7 @@ class Metrics:
         best = state["best_eval"]
         self._best = (float(best[0]), int(best[1])) if best else None
         self.throughput.load_state_dict(state["throughput"])
+        self._joules = state.get("energy_joules")
 
 
 def _losses(losses: Mapping[str, float], key: str) -> dict[str, float]:

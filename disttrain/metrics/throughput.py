@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-EXCLUDED = ("evaluation", "checkpoint", "logging", "choosing")
+EXCLUDED = ("evaluation", "checkpoint", "logging", "choosing", "profiling")
 """Kinds of blocks that are no training."""
 
 
@@ -30,6 +30,8 @@ class Interval:
     """Sequences processed by all ranks."""
     warmup: bool
     """Whether any of the steps is a warm-up step of this process."""
+    profiled: bool = False
+    """Whether any of the steps was looked at by a profiler, which takes its time."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class FlopsPerSequence:
     """Attention counted over the whole square, as in PaLM (Chowdhery et al. 2022, appendix B)."""
     hardware: float
     """What is executed, recomputation included (Korthikanti et al. 2022, section 5)."""
+    six_n: float
+    """The rule of thumb 6 N a token (Hoffmann et al. 2022), N all parameters."""
+    positions: int
+    """Tokens of such a sequence."""
 
 
 class Throughput:
@@ -82,8 +88,9 @@ class Throughput:
         self._step_began = self._clock() - sum(self.excluded_seconds.values())
 
     def end_step(
-        self, tokens: int, target_tokens: int, padded_tokens: int = 0, sequences: int = 0, skipped: bool = False
-    ) -> float:
+        self, tokens: int, target_tokens: int, padded_tokens: int = 0, sequences: int = 0, skipped: bool = False,
+        profiled: bool = False,
+    ) -> float:  # fmt: skip
         """The step ended; returns its seconds.
 
         The counts are of all ranks, and of this step or of every step since counts were last given (a loop that
@@ -102,6 +109,7 @@ class Throughput:
         for name, count in {"steps": 1, **given, "sequences": sequences}.items():
             counts[name] += count
         counts["warmup"] = counts["warmup"] or self._warmup_left > 0
+        counts["profiled"] = counts["profiled"] or profiled
         self._warmup_left = max(self._warmup_left - 1, 0)
         return seconds
 
@@ -173,7 +181,7 @@ class Throughput:
     @staticmethod
     def _zero() -> dict[str, Any]:
         counts = dict.fromkeys(("steps", "tokens", "target_tokens", "padded_tokens", "sequences"), 0)
-        return {**counts, "seconds": 0.0, "warmup": False}
+        return {**counts, "seconds": 0.0, "warmup": False, "profiled": False}
 
 
 def rates(interval: Interval, ranks: int) -> dict[str, Any]:
@@ -188,6 +196,7 @@ def rates(interval: Interval, ranks: int) -> dict[str, Any]:
     return {
         "interval_steps": steps,
         "warmup": interval.warmup,
+        "profiled": interval.profiled,
         "step_seconds": seconds / steps,
         "tokens_per_second": per_second(interval.tokens),
         "tokens_per_second_per_rank": per_second(interval.tokens / ranks),
@@ -198,21 +207,27 @@ def rates(interval: Interval, ranks: int) -> dict[str, Any]:
 
 
 def flop_rates(
-    sequences_per_second: float | None, ranks: int, flops: FlopsPerSequence | None, peak_flops: float | None
+    timing: Mapping[str, float | None], ranks: int, flops: FlopsPerSequence | None, peak_flops: float | None
 ) -> dict[str, float | None]:
-    """FLOP/s of a rank and the share of its peak (FLOP/s of one rank's device); null for what is not known."""
-    names = ("model_flops_per_second_per_rank", "mfu_causal", "mfu_full", "hfu")
-    if flops is None or sequences_per_second is None:
+    """FLOP/s of a rank and the share of its peak (FLOP/s of one rank's device); null for what is not known.
+
+    `timing` holds tokens_per_second, without padding, which what the model needs is counted for, and sequences_per_second,
+    for what is executed.
+    """
+    names = ("model_flops_per_second_per_rank", "mfu_six_n", "mfu_causal", "mfu_full", "hfu")
+    tokens, sequences = timing["tokens_per_second"], timing["sequences_per_second"]
+    if flops is None or tokens is None or sequences is None:
         return dict.fromkeys(names)
-    each = sequences_per_second / ranks
-    shares = [
-        None if not peak_flops else count * each / peak_flops for count in (flops.causal, flops.full, flops.hardware)
+    useful = [
+        count / flops.positions * tokens / ranks for count in (flops.causal, flops.six_n, flops.causal, flops.full)
     ]
-    return dict(zip(names, [flops.causal * each, *shares], strict=True))
+    executed = flops.hardware * sequences / ranks
+    shares = [reached / peak_flops if peak_flops else None for reached in (*useful[1:], executed)]
+    return dict(zip(names, [useful[0], *shares], strict=True))
 
 
 class SteadyRates:
-    """Averages over the step records that hold no warm-up step; the same formulas live and in a report.
+    """Averages over the step records that hold no warm-up step and no profiled one; the same formulas live and in a report.
 
     A rate r of records lasting t seconds averages to sum(r t) / sum(t): total work over total time. Memory: eight
     bytes a record.
@@ -223,6 +238,7 @@ class SteadyRates:
         "tokens_per_second_per_rank",
         "sequences_per_second",
         "model_flops_per_second_per_rank",
+        "mfu_six_n",
         "mfu_causal",
         "mfu_full",
         "hfu",
@@ -234,10 +250,12 @@ class SteadyRates:
         self._step_seconds = array("d")
         self._work = dict.fromkeys(self.RATES, 0.0)
         self._unknown: set[str] = set()
+        self._joules: float | None = 0.0
+        self._tokens = 0.0
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in a step record."""
-        if record["warmup"]:
+        if record["warmup"] or record.get("profiled"):
             return
         seconds = record["step_seconds"] * record["interval_steps"]
         self.steps += record["interval_steps"]
@@ -249,9 +267,12 @@ class SteadyRates:
                 self._unknown.add(name)
             else:
                 self._work[name] += rate * seconds
+        joules = record.get("energy_joules")
+        self._joules = None if joules is None or self._joules is None else self._joules + joules
+        self._tokens += (record.get("tokens_per_second") or 0.0) * seconds
 
     def result(self) -> dict[str, Any]:
-        """Keys of a summary record; null where every step was warm-up, or the rate was unknown at any time."""
+        """Keys of a summary record; null where no step counts, or the rate was unknown at any time."""
         steps, seconds = self.steps, self.seconds
         means = {
             f"{name}_mean": None if name in self._unknown or seconds <= 0 else work / seconds
@@ -262,4 +283,5 @@ class SteadyRates:
             "mean_step_seconds": seconds / steps if steps else None,
             "median_step_seconds": statistics.median(self._step_seconds) if steps else None,
             **means,
+            "joules_per_token_mean": self._joules / self._tokens if self._joules is not None and self._tokens else None,
         }

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from disttrain import ranges
+
 if TYPE_CHECKING:
     from disttrain.parallel.groups import Group
 
@@ -72,8 +74,8 @@ def reduce_scattered(ranks: int, device: torch.device) -> float:
 def reduce_over(group: "Group", tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over a group, counting its bytes, and return the tensor."""
     if group.size > 1:
-        dist.all_reduce(tensor, op=op, group=group.process_group)
-        group.traffic.add(tensor, all_reduced(group.size))
+        with group.sending("all_reduce", tensor, all_reduced(group.size)):
+            dist.all_reduce(tensor, op=op, group=group.process_group)
     return tensor
 
 
@@ -136,7 +138,8 @@ class GroupLink:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduce in place."""
-        dist.all_reduce(tensor, group=self.group.process_group)
+        with ranges.communication(self.group.axis, "all_reduce", tensor.device):
+            dist.all_reduce(tensor, group=self.group.process_group)
         self.group.traffic.count(tensor.nbytes, 0, all_reduced(self.size) * tensor.nbytes)
         return tensor
 
@@ -144,7 +147,8 @@ class GroupLink:
         """All-gather [n] into [ranks, n]."""
 
         def start(output: Tensor, part: Tensor) -> Any:
-            return all_gather_flat(output, part, self.group.process_group, async_op=True)
+            with ranges.communication(self.group.axis, "all_gather", part.device) as until:
+                return until(all_gather_flat(output, part, self.group.process_group, async_op=True))
 
         gathered = tensor.new_empty(self.size, tensor.numel())
         self.group.traffic.count(tensor.nbytes, 0, all_gathered(self.size) * tensor.nbytes)
@@ -154,7 +158,8 @@ class GroupLink:
         """All-to-all of the rows of [ranks, n]."""
 
         def start(output: Tensor, part: Tensor) -> Any:
-            return dist.all_to_all_single(output, part, group=self.group.process_group, async_op=True)
+            with ranges.communication(self.group.axis, "all_to_all", part.device) as until:
+                return until(dist.all_to_all_single(output, part, group=self.group.process_group, async_op=True))
 
         got = torch.empty_like(rows, memory_format=torch.contiguous_format)
         self.group.traffic.count(rows.nbytes, 0, exchanged(self.size) * rows.nbytes)
@@ -170,7 +175,8 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     if dist.get_world_size() == 1:
         return flags
     votes = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    with ranges.communication("world", "all_reduce", votes.device):
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return tuple(bool(vote) for vote in votes)
 
 

@@ -58,26 +58,26 @@ def own_range(size: int, group: Group) -> range:
 def start_all_reduce(x: Tensor, group: Group) -> Pending:
     """Start summing over the group, in place where x is contiguous."""
     x = x.contiguous()
-    group.traffic.add(x, all_reduced(group.size))
-    work = dist.all_reduce(x, group=group.process_group, async_op=True)
+    with group.sending("all_reduce", x, all_reduced(group.size)) as until:
+        work = until(dist.all_reduce(x, group=group.process_group, async_op=True))
     return _after(work, lambda: x)
 
 
 def start_gather(x: Tensor, dim: int, group: Group) -> Pending:
     """Start joining the ranks' equal chunks along dim."""
     x = x.contiguous()
-    group.traffic.add(x, all_gathered(group.size))
     gathered = x.new_empty(group.size, *x.shape)
-    work = all_gather_flat(gathered, x[None], group.process_group, async_op=True)
+    with group.sending("all_gather", x, all_gathered(group.size)) as until:
+        work = until(all_gather_flat(gathered, x[None], group.process_group, async_op=True))
     return _after(work, lambda: _join(gathered, dim))
 
 
 def start_reduce_scatter(x: Tensor, dim: int, group: Group) -> Pending:
     """Start summing over the group; each rank gets its chunk along dim."""
     chunks = _cut(x, dim, group.size)
-    group.traffic.add(chunks, reduce_scattered(group.size, x.device))
     summed = chunks.new_empty(chunks.shape[1:])
-    work = reduce_scatter_flat(summed[None], chunks, group.process_group, async_op=True)
+    with group.sending("reduce_scatter", chunks, reduce_scattered(group.size, x.device)) as until:
+        work = until(reduce_scatter_flat(summed[None], chunks, group.process_group, async_op=True))
     return _after(work, lambda: summed)
 
 
@@ -91,9 +91,9 @@ def _after(work: Any, result: Pending) -> Pending:
 
 def _exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:
     chunks = _cut(x, split_dim, group.size)
-    group.traffic.add(chunks, exchanged(group.size))
     received = torch.empty_like(chunks)
-    dist.all_to_all_single(received, chunks, group=group.process_group)
+    with group.sending("all_to_all", chunks, exchanged(group.size)):
+        dist.all_to_all_single(received, chunks, group=group.process_group)
     return _join(received, concat_dim)
 
 

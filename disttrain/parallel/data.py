@@ -15,11 +15,11 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from disttrain import ranges
 from disttrain.config.schema import Precision
 from disttrain.grad_compression.compressor import Compressor
 from disttrain.models import Model
 from disttrain.parallel.collectives import (
-    Traffic,
     all_gather_flat,
     all_gathered,
     all_reduced,
@@ -68,8 +68,8 @@ def replicate(module: nn.Module, device: torch.device, data: Group, compressor: 
 
 
 def _sum_bucket(data: Group, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    data.traffic.add(bucket.buffer(), all_reduced(data.size))
-    work = dist.all_reduce(bucket.buffer(), group=data.process_group, async_op=True)
+    with data.sending("all_reduce", bucket.buffer(), all_reduced(data.size)) as until:
+        work = until(dist.all_reduce(bucket.buffer(), group=data.process_group, async_op=True))
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]
 
 
@@ -130,14 +130,12 @@ def shard(
     fill(model, "")
     master = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(model, mp_policy=master, reshard_after_forward=False, ignored_params=kept_whole, **kept)
-    gather, scatter = CountedAllGather(groups.data.traffic), CountedReduceScatter(groups.data.traffic)
+    gather, scatter = CountedAllGather(groups.data), CountedReduceScatter(groups.data)
     for module in sharded_modules(model):
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
         module.set_custom_all_gather(gather)  # pyright: ignore[reportArgumentType]  same shape, private base
-        coded = (
-            scatter if compressor is None or replicas else CodedReduceScatter(groups.data.traffic, compressor, module)
-        )
+        coded = scatter if compressor is None or replicas else CodedReduceScatter(groups.data, compressor, module)
         module.set_custom_reduce_scatter(coded)  # pyright: ignore[reportArgumentType]
         if joined:
             module.set_all_reduce_hook(partial(groups.data.traffic.add, ring=all_reduced(groups.mesh.replicate)))
@@ -206,10 +204,14 @@ def unsynchronised(module: nn.Module, last: bool) -> AbstractContextManager:
 
 
 class _Counted:
-    """A communication of FSDP2's that counts what this rank hands over."""
+    """A communication of FSDP2's over some of the data ranks that counts what this rank hands over."""
 
-    def __init__(self, traffic: Traffic):
-        self.traffic = traffic
+    def __init__(self, data: Group):
+        self.data = data
+
+    def sending(self, operation: str, tensor: Tensor, ranks: int, ring: float) -> AbstractContextManager[ranges.Until]:
+        """As a group's; a rank that is alone sends nothing."""
+        return self.data.sending(operation, tensor, ring) if ranks > 1 else nullcontext(lambda work: work)
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the result."""
@@ -221,9 +223,9 @@ class CountedAllGather(_Counted):
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         """All-gather flat shards into one flat tensor."""
-        if group.size() > 1:
-            self.traffic.add(input_tensor, all_gathered(group.size()))
-        return all_gather_flat(output_tensor, input_tensor, group, async_op)
+        ranks = group.size()
+        with self.sending("all_gather", input_tensor, ranks, all_gathered(ranks)) as until:
+            return until(all_gather_flat(output_tensor, input_tensor, group, async_op))
 
 
 class CountedReduceScatter(_Counted):
@@ -231,16 +233,16 @@ class CountedReduceScatter(_Counted):
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         """Reduce-scatter a flat tensor into flat shards."""
-        if group.size() > 1:
-            self.traffic.add(input_tensor, reduce_scattered(group.size(), input_tensor.device))
-        return reduce_scatter_flat(output_tensor, input_tensor, group, op, async_op)
+        ranks = group.size()
+        with self.sending("reduce_scatter", input_tensor, ranks, reduce_scattered(ranks, input_tensor.device)) as until:
+            return until(reduce_scatter_flat(output_tensor, input_tensor, group, op, async_op))
 
 
 class CodedReduceScatter(_Counted):
     """FSDP2's reduction of the gradients of one module through a codec."""
 
-    def __init__(self, traffic: Traffic, compressor: Compressor, module: FSDPModule):
-        super().__init__(traffic)
+    def __init__(self, data: Group, compressor: Compressor, module: FSDPModule):
+        super().__init__(data)
         self._compressor, self._module = compressor, module
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:

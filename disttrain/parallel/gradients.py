@@ -23,8 +23,9 @@ def sum_over(group: Group, tensors: Iterable[Tensor]) -> None:
     pending = []
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
-        group.traffic.add(flat, all_reduced(group.size))
-        pending.append((dist.all_reduce(flat, group=group.process_group, async_op=True), flat, bucket))
+        with group.sending("all_reduce", flat, all_reduced(group.size)) as until:
+            work = until(dist.all_reduce(flat, group=group.process_group, async_op=True))
+        pending.append((work, flat, bucket))
     for work, flat, bucket in pending:
         work.wait()
         parts = flat.split([tensor.numel() for tensor in bucket])

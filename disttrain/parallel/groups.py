@@ -1,13 +1,16 @@
 """This rank's place on every axis of the mesh: the process groups made from the whole numbers of `disttrain.mesh`."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from disttrain import ranges
 from disttrain.mesh import AXES, Mesh
 from disttrain.parallel import world
 from disttrain.parallel.collectives import Traffic
@@ -26,6 +29,14 @@ class Group:
     """None when the group is this rank alone: then nothing is sent."""
     traffic: Traffic
     """Where collectives over this group count their bytes."""
+    axis: str = "world"
+    """What a profile calls it: tensor, sequence, context, pipeline, data or world."""
+
+    def sending(self, operation: str, tensor: Tensor, ring: float) -> AbstractContextManager[ranges.Until]:
+        """Count what a collective is handed, which leaves this rank `ring` times, and name it in a profiler's trace; the
+        block makes the call, and gives the Work of one that it does not wait for to what the context is."""
+        self.traffic.add(tensor, ring)
+        return ranges.communication(self.axis, operation, tensor.device)
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,10 @@ class Groups:
         """The data ranks of one worker that takes steps of its own: those of a replica of what ZeRO shards, else this rank
         alone."""
         if not (zero and self.mesh.replicate > 1):
-            return Group(1, 0, (self.rank,), None, self.world.traffic)
+            return Group(1, 0, (self.rank,), None, self.world.traffic, "data")
         group = self.shard_mesh.get_group("shard")
         ranks = tuple(dist.get_process_group_ranks(group))
-        return Group(len(ranks), ranks.index(self.rank), ranks, group, self.world.traffic)
+        return Group(len(ranks), ranks.index(self.rank), ranks, group, self.world.traffic, "data")
 
 
 def beside(groups: Groups, zero: int) -> Group:
@@ -107,7 +118,7 @@ def _group(mesh: Mesh, rank: int, axes: tuple[str, ...], traffic: Traffic) -> Gr
     for ranks in ranks_along(mesh, axes):
         group = _new_group(mesh, ranks, _name(axes))
         if rank in ranks:
-            mine = Group(len(ranks), ranks.index(rank), ranks, group, traffic)
+            mine = Group(len(ranks), ranks.index(rank), ranks, group, traffic, _axis(axes))
     assert mine is not None
     return mine
 
@@ -131,15 +142,21 @@ def _name(axes: tuple[str, ...]) -> str:
     return "shard" if axes == ("shard", "context") else " x ".join(axes)
 
 
+def _axis(axes: tuple[str, ...]) -> str:
+    if set(axes) == set(AXES):
+        return "world"
+    return axes[0] if axes in (("tensor",), ("context",), ("pipeline",)) else "data"
+
+
 def _tie(mesh: Mesh, rank: int, traffic: Traffic) -> Group:
-    mine = Group(1, 0, (rank,), None, traffic)
+    mine = Group(1, 0, (rank,), None, traffic, "pipeline")
     if mesh.pipeline == 1:
         return mine
     for column in ranks_along(mesh, ("pipeline",)):
         ends = (column[0], column[-1])
         group = _new_group(mesh, ends, "tie")
         if rank in ends:
-            mine = Group(2, ends.index(rank), ends, group, traffic)
+            mine = Group(2, ends.index(rank), ends, group, traffic, "pipeline")
     return mine
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from disttrain import ranges
 from disttrain.costs import TILE_ELEMENTS
 from disttrain.models.dropout import WeightDropout
 from disttrain.parallel.groups import Group
@@ -131,7 +132,8 @@ def _pass_on(tensors: list[Tensor], group: Group, tag: int) -> Callable[[], list
         group.traffic.add(ours)
         operations.append(dist.P2POp(dist.isend, ours, onward, group.process_group, tag + i))
         operations.append(dist.P2POp(dist.irecv, theirs, back, group.process_group, tag + i))
-    works = dist.batch_isend_irecv(operations)
+    with ranges.communication(group.axis, "send_and_receive", tensors[0].device):
+        works = dist.batch_isend_irecv(operations)
 
     def wait() -> list[Tensor]:
         for work in works:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from disttrain import ranges
 from disttrain.parallel.data import sharded_modules
 from disttrain.parallel.groups import Group
 
@@ -117,14 +118,14 @@ class Stage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of one micro-batch."""
         self.chunk.micro_batch = fwd_chunk_id
-        with self._clock.busy():
+        with self._named("forward", fwd_chunk_id), self._clock.busy():
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """Backward of one micro-batch, or the half of it that gives the gradient of the inputs."""
-        with self._clock.busy():
+        with self._named("backward" if full_backward else "backward inputs", bwd_chunk_id), self._clock.busy():
             self._drive(full_backward, last_backward)
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         gradients = self.bwd_cache[bwd_chunk_id]
@@ -133,11 +134,14 @@ class Stage(PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The other half: gradients of the weights."""
-        with self._clock.busy():
+        with self._named("backward weights", bwd_chunk_id), self._clock.busy():
             self._drive(self.is_first, last_backward)  # torch gives the first stage a whole backward here
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
             if self._sharded and not self.is_first and (last_backward or self._zero > 1):
                 self._reduce()
+
+    def _named(self, kind: str, micro_batch: int) -> Any:
+        return ranges.named(kind, "stage", self.stage_index, "micro-batch", micro_batch)
 
     def _drive(self, whole: bool, last: bool) -> None:
         """Set what FSDP2 does in the coming backward; one for half the gradients needs the weights gathered before."""

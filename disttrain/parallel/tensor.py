@@ -8,6 +8,7 @@ becomes a reduce-scatter and an all-gather (Korthikanti et al., section 4.2.2).
 Shapes: B batch, S sequence, T ranks on the tensor axis, I and O input and output features of the whole layer.
 """
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -48,11 +49,13 @@ def apply_tensor_parallel(model: GPT | BERT, group: Group, sequence: bool) -> Te
         return TensorShards({}, set(), shapes)
     _check_divides(model, group)
     splits: dict[str, int] = {}
+    inside = replace(group, axis="sequence") if sequence else group  # of what a profile counts
     for name, module in list(model.named_modules()):
         role = _role(model.tensor_plan, name, module)
         if role != "replicate":
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, _replacement(module, role, group, sequence))
+            among = group if role == "vocab" else inside
+            setattr(model.get_submodule(owner), leaf, _replacement(module, role, among, sequence))
             splits[f"{name}.weight"] = 1 if role == "row" else 0
             if role != "row" and getattr(module, "bias", None) is not None:
                 splits[f"{name}.bias"] = 0
@@ -63,7 +66,7 @@ def apply_tensor_parallel(model: GPT | BERT, group: Group, sequence: bool) -> Te
     model.vocabulary = ShardedVocabulary(group, shape_of(model.config).vocab_size)
     if not sequence:
         return TensorShards(splits, set(), shapes)
-    _split_positions(model, group)
+    _split_positions(model, inside)
     partial = {name for name in shapes if name.startswith("blocks.") and name not in splits}
     return TensorShards(splits, partial, shapes)
 

@@ -44,6 +44,6 @@ def gathered(group: Group, values: Tensor) -> list[Tensor]:
     if group.size == 1:
         return [values]
     rows = values.new_empty(group.size, values.numel())
-    all_gather_flat(rows.view(-1), values.reshape(-1), group.process_group)
-    group.traffic.add(values, all_gathered(group.size))
+    with group.sending("all_gather", values, all_gathered(group.size)):
+        all_gather_flat(rows.view(-1), values.reshape(-1), group.process_group)
     return [row.view_as(values) for row in rows]

@@ -99,7 +99,7 @@ def conventions(config: Config, speeds: Speeds) -> list[dict[str, Any]]:
     model, length = config.model, config.data.sequence_length
     full = costs.training_flops_per_sequence(model, length, False) / length
     causal = costs.training_flops_per_sequence(model, length, True) / length
-    six = costs.six_n_flops_per_sequence(model, length) / length
+    six = costs.six_n_flops_per_sequence(costs.parameter_count(model).total, length) / length
     return [
         {"name": "MFU full", "flops_per_token": full,
          "counts": "matrix products, attention over the whole square (Chowdhery et al. 2022, appendix B)"},

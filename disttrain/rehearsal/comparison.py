@@ -32,6 +32,36 @@ def first_mismatch(traces: Sequence[Trace]) -> Mismatch | None:
     return min(found, key=lambda mismatch: mismatch.place, default=None)
 
 
+def first_deadlock(traces: Sequence[Trace]) -> tuple[tuple[int, Recorded], ...]:
+    """Ranks that wait for each other for ever, each with the call it waits in and each for the next one, the last for the
+    first; empty where all get through. For traces without a mismatch: what differs is the order of groups.
+
+    A rank waits in collectives that are not asynchronous, until all that were rehearsed have come. Where it waits for
+    others and for messages is not recorded, so that a cycle through them is not found.
+    """
+    called = {trace.rank: [r for r in trace.recorded if r.ends is None] for trace in traces}
+    at, came, moved = dict.fromkeys(called, 0), set[tuple[int, str, int]](), True
+
+    def missing(recorded: Recorded) -> list[int]:
+        call = recorded.call
+        return [rank for rank in call.ranks if rank in called and (rank, call.group, call.sequence) not in came]
+
+    while moved:
+        moved = False
+        for rank, calls in called.items():
+            while at[rank] < len(calls):
+                recorded = calls[at[rank]]
+                came.add((rank, recorded.call.group, recorded.call.sequence))
+                if recorded.waits and missing(recorded):
+                    break
+                at[rank], moved = at[rank] + 1, True
+    waiting = {rank: calls[at[rank]] for rank, calls in called.items() if at[rank] < len(calls)}
+    chain = [*waiting][:1]
+    while chain and (then := missing(waiting[chain[-1]])[0]) not in chain:
+        chain.append(then)
+    return tuple((rank, waiting[rank]) for rank in chain[chain.index(then) :]) if chain else ()
+
+
 def _of_collectives(traces: Sequence[Trace]) -> Iterator[Mismatch]:
     """The first one of every group."""
     recorded = {trace.rank: [r for r in trace.recorded if r.ends is None] for trace in traces}

@@ -136,7 +136,9 @@ class Recorder(TorchDispatchMode):
         """Note an operator of torch's communication; real tensors are those of this rank afterwards, as from its peers."""
         name, functional = func._schema.name.split("::")[1], func.namespace == "_c10d_functional"
         if name in OPERATIONS and self.phase:
-            self._note(*OPERATIONS[name], args)  # pyright: ignore[reportCallIssue]
+            asynchronous = functional or name in ("send", "recv_") or _argument(func, args, kwargs, "async_op", True)
+            reduction = _reduction(func, args)
+            self._note(*OPERATIONS[name], args, reduction, not asynchronous)  # pyright: ignore[reportCallIssue]
         if not any(isinstance(x, FakeTensor) for x in _tensors(args, kwargs)):
             if name == "recv_":
                 args[0][0].fill_(1)
@@ -147,7 +149,7 @@ class Recorder(TorchDispatchMode):
         given = [work.boxed() if "Work" in str(r.type) else args[0] for r in func._schema.returns]
         return given[0] if len(given) == 1 else tuple(given)
 
-    def _note(self, operation: str, which: int | None, args: tuple) -> None:
+    def _note(self, operation: str, which: int | None, args: tuple, reduction: str, waits: bool) -> None:
         group = _group(args)
         tensors = [] if which is None else _tensors(args[which])
         members, ends, own = tuple(dist.get_process_group_ranks(group)), None, self.trace.rank
@@ -158,6 +160,8 @@ class Recorder(TorchDispatchMode):
             key = (group.group_name, operation, *ends, tag)
         if operation == "broadcast" and len(args) > 2 and isinstance(args[2], int):
             operation = f"broadcast from rank {members[args[2]]}"
+        if reduction != "sum":
+            operation = f"{operation} of {reduction}"
         self._numbers[key] += 1
         call = Call(
             "/".join(str(part) for part in key if part not in ("send", "receive")), group.group_desc, members,
@@ -167,7 +171,7 @@ class Recorder(TorchDispatchMode):
         greets = ends is not None and tensors[0].numel() == 1  # torch's stages do before their first step
         handed = 0 if operation == "receive" else sum(x.nbytes for x in tensors)
         self.trace.recorded.append(
-            Recorded(call, stacks.place(_stack()), "start" if greets else self.phase, handed, ends)
+            Recorded(call, stacks.place(_stack()), "start" if greets else self.phase, handed, ends, waits)
         )
 
 
@@ -205,6 +209,34 @@ def _group(args: tuple) -> ProcessGroup:
         if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             return ProcessGroup.unbox(argument)
     return _resolve_process_group(next(x for x in reversed(args) if isinstance(x, str)))  # pyright: ignore[reportArgumentType]
+
+
+def _argument(func: Any, args: tuple, kwargs: dict, name: str, default: Any) -> Any:
+    """An argument of an operator by its name."""
+    names = [argument.name for argument in func._schema.arguments]
+    at = names.index(name) if name in names else len(args)
+    return kwargs.get(name, args[at] if at < len(args) else default)
+
+
+def _reduction(func: Any, args: tuple) -> str:
+    """sum, max, ...: torch hands it on as an object that cannot be read, so that it is asked of the function that was
+    called; torch's own C++ (DDP) adds up."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "reduce_op" not in names:
+        return "sum"
+    given = args[names.index("reduce_op")]
+    if isinstance(given, str):
+        return given.lower()
+    frame = sys._getframe(1)
+    while frame is not None and not (
+        frame.f_code.co_filename == dist.distributed_c10d.__file__ and "op" in frame.f_locals
+    ):
+        frame = frame.f_back
+    return (
+        "sum"
+        if frame is None
+        else str(getattr(frame.f_locals["op"], "op", frame.f_locals["op"])).split(".")[-1].lower()
+    )
 
 
 def _stack() -> tuple[Frame, ...]:

@@ -20,6 +20,8 @@ class Recorded:
     """What this rank hands over; 0 of a receive."""
     ends: tuple[int, int] | None = None
     """Sender and receiver in the world; None of a collective."""
+    waits: bool = False
+    """Whether the rank goes on only when the others have come: a collective that is not asynchronous."""
 
 
 class LiveBytes(NamedTuple):

@@ -78,6 +78,20 @@ def disagreement(mismatch: Mismatch, traces: Sequence[Trace], config: Config, wo
     return f"{text} (Rehearsed {_ranks(traces, world_size)}.)"
 
 
+def deadlock(waiting: Sequence[tuple[int, Recorded]], traces: Sequence[Trace], config: Config, world_size: int) -> str:
+    """The paragraph on ranks that wait for each other."""
+    group = everyone(config.parallel, world_size)
+    ranks = [rank for rank, _ in waiting]
+    parts = [
+        f"rank {rank} waits in {_told(recorded, group)}, for rank {other}"
+        for (rank, recorded), other in zip(waiting, [*ranks[1:], ranks[0]], strict=True)
+    ]
+    return (
+        f"{names(sorted(ranks)).capitalize()} would wait for each other for ever in {waiting[0][1].phase}: "
+        f"{'; '.join(parts)}. They call the same, in another order. (Rehearsed {_ranks(traces, world_size)}.)"
+    )
+
+
 def failure(trace: Trace) -> str:
     """Why a rank could not be rehearsed."""
     return f"Rank {trace.rank} fails at {trace.at}: {trace.error}"

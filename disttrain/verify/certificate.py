@@ -12,8 +12,8 @@ from typing import Any
 
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
+from disttrain.folders import write_atomically
 from disttrain.header import git_commit, versions
-from disttrain.run import write_atomically
 from disttrain.verify.batches import Batches
 from disttrain.verify.compare import PHASES, SMALL_TENSOR, Difference
 from disttrain.verify.findings import Finding

@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+import yaml
 
 from disttrain.checkpoint import damage
 from tests.cluster.conftest import STEPS, Login
@@ -66,7 +67,23 @@ def test_sweep_is_an_array_of_runs(login: Login) -> None:
         assert login.records(name, "step")[1]["learning_rate"] == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("script", ["train.sbatch", "train_srun.sbatch", "train_horovod.sbatch"])
+def test_a_comparison_is_an_array_of_tasks(login: Login, reference: Login) -> None:
+    """Four ranks on both nodes and one rank on one, each as a task; the second is warned, queued again and goes on."""
+    sweep = {"config": "run.yaml", "repeats": 1, "launcher": "srun", "strategies": {"four": {"nproc": 4}, "one": None},
+             "slurm": {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 2, "cpus_per_rank": 2, "time": "20"}}  # fmt: skip
+    (login.folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    job = login.run("compare", "sweep.yaml", "--array", "--submit").stdout.strip()
+    login.wait_for_step("sweep/runs/one-1", 20)
+    login.cluster("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    login.finished(job)
+    assert [r["world_size"] for r in login.records("sweep/runs/four-1", "header")] == [4]
+    assert len(login.records("sweep/runs/one-1", "header")) == 2
+    undisturbed(login, "sweep/runs/four-1", reference)
+    shown = login.run("compare", "sweep.yaml", "--report-only").stdout
+    assert "2 ways to train" in shown and (login.folder / "runs/sweep/report.html").exists()
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "train_horovod.sbatch"])
 def test_a_warning_saves_and_requeues(script: str, login: Login, reference: Login) -> None:
     """SIGUSR1 to the batch script, as Slurm sends it before the time limit: checkpoint, queue, exactly on from there."""
     if script == "train_horovod.sbatch":  # of interest here is how mpirun ends

@@ -52,7 +52,7 @@ def follow(rank: int, config: Config, world: int, prepared: data.Prepared, until
     engine, interruption = NativeEngine(config, groups, torch.device("cpu"), "fp64"), Interruption()
     info = RankInfo("env", rank, world, rank, world, 0, 1, "127.0.0.1", 0)
     session = Session(config, config, info, mesh, groups, torch.device("cpu"), data.open_data(config, prepared), engine,
-                      1, FlopsPerSequence(1.0, 1.0, 1.0), "cpu", None)  # fmt: skip
+                      1, FlopsPerSequence(1.0, 1.0, 1.0, 1.0, 8), "cpu", None)  # fmt: skip
     found, step_of_engine = Followed(session.data_rank), engine.step
 
     def step(micro_batches, number: int, learning_rate: float):

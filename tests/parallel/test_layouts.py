@@ -74,10 +74,10 @@ def config_of(name: str, family: str, **values) -> tuple[int, Config]:
 
 @pytest.mark.parametrize("family", ["gpt", "bert"])
 def test_a_checkpoint_moves_between_layouts(tmp_path: Path, family: str) -> None:
-    """Saved under a 2 x 2 x 2 layout, loaded under every other: weights, moments and step count are all there."""
+    """Saved under a 2 x 2 x 2 layout, loaded under every other (BERT: every third): weights, moments, step count."""
     world, config = config_of("tensor x pipeline x zero 1", family)
     losses, weights = run_ranks(save, world, config, world, tmp_path)[0]
-    for name in LAYOUTS:
+    for name in LAYOUTS if family == "gpt" else list(LAYOUTS)[::3]:
         world, config = config_of(name, family)
         found, loaded = run_ranks(resume, world, config, world, tmp_path / "step_00000002")[0]
         assert found == pytest.approx(losses, rel=1e-10), name
@@ -85,9 +85,14 @@ def test_a_checkpoint_moves_between_layouts(tmp_path: Path, family: str) -> None
             torch.testing.assert_close(loaded[parameter], weight, rtol=1e-9, atol=1e-10, msg=f"{name}: {parameter}")
 
 
-@pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "one process"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2), ("fp16", 5e-3)])
-def test_low_precision_follows_fp64(name: str, precision: str, tolerance: float) -> None:
+@pytest.mark.parametrize("number", range(1, len(LAYOUTS)))
+def test_low_precision_follows_fp64(number: int) -> None:
+    """fp16, which has most of its own, under every layout; fp32 and bf16 under every second one."""
+    for precision in ("fp16", ("fp32", "bf16")[number % 2]):
+        follows_fp64(list(LAYOUTS)[number], precision, {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}[precision])
+
+
+def follows_fp64(name: str, precision: str, tolerance: float) -> None:
     (reference,) = run_ranks(losses_and_norms, 1, config_of("one process", "gpt")[1], 1)
     world, config = config_of(name, "gpt", precision=precision)
     for found in run_ranks(losses_and_norms, world, config, world):

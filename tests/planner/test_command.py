@@ -162,3 +162,12 @@ def test_published_runs_stand_beside_predictions() -> None:
     forward = costs.forward_flops_per_sequence(table.config_of(row, 2048, 51200).model, 2048, causal=False)
     counted = 512 * (4 * (forward.block_linears + forward.attention) + 3 * forward.head)
     assert table.megatron_flops(row, 2048, 51200) == pytest.approx(counted)
+
+
+def test_the_readme_shows_the_table_of_published_runs() -> None:
+    """Its columns but the last, which is long, from the page that the script wrote."""
+    page = (ROOT / "benchmarks/megatron_table.md").read_text().split("## ")[1]
+    rows = [line.split(" | ")[:-1] for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) == 12 and len(page.splitlines()) > 12
+    readme = (ROOT / "README.md").read_text().split("<!-- megatron -->\n")[1].split("<!-- /megatron -->")[0]
+    assert readme == "".join(f"{' | '.join(row)} |\n" for row in rows)

@@ -23,7 +23,7 @@ MOST_SECONDS = 20
 """Of one check; it takes milliseconds, so that this is a loop without an end."""
 
 FUZZ = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 

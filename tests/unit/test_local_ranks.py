@@ -38,6 +38,9 @@ def behave(interruption):
         case _:
             while not interruption.requested:
                 time.sleep(0.01)
+            if sys.argv[2] == "one is late" and rank.rank == 1:
+                interruption._since = time.monotonic() - 10  # another signal would end it at once
+                time.sleep(1)
             return 130
     return 0
 
@@ -87,6 +90,14 @@ def test_signals_reach_every_rank(tmp_path: Path, method: str, number: signal.Si
     process = started(tmp_path, method, "wait")
     wait_for_pids(tmp_path, process)
     process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 130
+
+
+def test_a_rank_that_saves_longer_than_its_peers_is_left_alone(tmp_path: Path) -> None:
+    process = started(tmp_path, "fork", "one is late")
+    wait_for_pids(tmp_path, process)
+    process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 130
 

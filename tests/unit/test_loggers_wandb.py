@@ -175,10 +175,10 @@ def test_wandb_can_be_switched_off_by_its_own_variable(tmp_path):
 
 
 def test_the_id_is_made_once_and_an_empty_file_is_no_id(tmp_path):
-    first, known = sink_module._run_id(tmp_path)
-    assert not known and sink_module._run_id(tmp_path) == (first, True)
+    first, known = sink_module.id_of(tmp_path)
+    assert not known and sink_module.id_of(tmp_path) == (first, True)
     (tmp_path / "wandb_id").write_text("")
-    second, known = sink_module._run_id(tmp_path)
+    second, known = sink_module.id_of(tmp_path)
     assert not known and second != first
 
 

@@ -58,6 +58,7 @@ def test_one_step_gives_exact_times_and_rates():
     assert rates(meter.interval(), ranks=4) == {
         "interval_steps": 1,
         "warmup": False,
+        "profiled": False,
         "step_seconds": 0.5,
         "tokens_per_second": 192.0,
         "tokens_per_second_per_rank": 48.0,
@@ -99,7 +100,8 @@ def test_excluded_blocks_are_in_elapsed_time_and_in_no_step_inside_or_outside_it
     meter.pause("checkpoint")
     clock.pass_(64.0)
     meter.resume()
-    assert meter.excluded_seconds == {"evaluation": 32.0, "checkpoint": 64.0, "logging": 12.0, "choosing": 0.0}
+    assert meter.excluded_seconds == {"evaluation": 32.0, "checkpoint": 64.0, "logging": 12.0, "choosing": 0.0,
+                                      "profiling": 0.0}  # fmt: skip
     assert meter.train_seconds == 2.0
     assert meter.elapsed_seconds == 2.0 + 32 + 64 + 12
     assert rates(meter.interval(), 1)["tokens_per_second"] == 2.0
@@ -184,14 +186,52 @@ def test_averages_are_total_work_over_total_time():
 
 
 def test_flop_rates_are_exact_and_null_without_a_peak():
-    flops = FlopsPerSequence(causal=100.0, full=120.0, hardware=160.0)
-    got = flop_rates(8.0, 4, flops, peak_flops=400.0)
-    assert got == {"model_flops_per_second_per_rank": 200.0, "mfu_causal": 0.5, "mfu_full": 0.6, "hfu": 0.8}
-    blind = flop_rates(8.0, 4, flops, peak_flops=None)
-    assert blind == {"model_flops_per_second_per_rank": 200.0, "mfu_causal": None, "mfu_full": None, "hfu": None}
-    assert set(flop_rates(8.0, 4, None, 400.0).values()) == {None}
-    assert set(flop_rates(None, 4, flops, 400.0).values()) == {None}
+    flops = FlopsPerSequence(causal=100.0, full=120.0, hardware=160.0, six_n=80.0, positions=32)
+    whole = {"tokens_per_second": 256.0, "sequences_per_second": 8.0}
+    got = flop_rates(whole, 4, flops, peak_flops=400.0)
+    shares = {"mfu_six_n": 0.4, "mfu_causal": 0.5, "mfu_full": 0.6, "hfu": 0.8}
+    assert got == {"model_flops_per_second_per_rank": 200.0, **shares}
+    blind = flop_rates(whole, 4, flops, peak_flops=None)
+    assert blind == {"model_flops_per_second_per_rank": 200.0, **dict.fromkeys(shares)}
+    assert set(flop_rates(whole, 4, None, 400.0).values()) == {None}
+    assert set(flop_rates({**whole, "tokens_per_second": None}, 4, flops, 400.0).values()) == {None}
     assert json.dumps(blind["hfu"]) == "null"
+
+
+def test_padding_is_executed_but_no_use_to_the_model():
+    """Half of the positions are padding: model FLOPs are of the real tokens, HFU of what the hardware did."""
+    flops = FlopsPerSequence(causal=100.0, full=120.0, hardware=160.0, six_n=80.0, positions=32)
+    got = flop_rates({"tokens_per_second": 128.0, "sequences_per_second": 8.0}, 4, flops, peak_flops=400.0)
+    assert (got["mfu_six_n"], got["mfu_causal"], got["mfu_full"], got["hfu"]) == (0.2, 0.25, 0.3, 0.8)
+
+
+def test_a_profiled_interval_is_in_the_totals_and_in_no_average():
+    clock = Clock()
+    meter = Metrics(ranks=1, warmup_steps=0, clock=clock)
+    for step, seconds in enumerate((1.0, 50.0, 3.0), start=1):
+        timed_step(meter.throughput, clock, seconds, tokens=10, profiled=step == 2)
+        assert meter.step_record(StepReading(step, {"lm": 1.0}, 0.1))["profiled"] is (step == 2)
+    end = meter.summary_record(3, "steps")
+    assert (end["tokens_seen"], end["train_seconds"], end["measured_steps"]) == (30, 54.0, 2)
+    assert (end["tokens_per_second_mean"], end["mean_step_seconds"]) == (5.0, 2.0)
+
+
+def test_energy_is_known_when_every_rank_knows_its_part():
+    clock = Clock()
+    meter = Metrics(ranks=2, warmup_steps=1, clock=clock)
+    for step, parts in enumerate(((7.0, 0.0), (2.0, 0.0), (4.0, 6.0)), start=1):
+        timed_step(meter.throughput, clock, 1.0, tokens=4)
+        readings = [RankReading(rank, energy_joules=joules) for rank, joules in enumerate(parts)]
+        record = meter.step_record(StepReading(step, {"lm": 1.0}, 0.1, ranks=readings))
+        assert (record["energy_joules"], record["joules_per_token"]) == (sum(parts), sum(parts) / 4)
+    end = meter.summary_record(3, "steps")
+    assert (end["energy_joules"], end["joules_per_token_mean"]) == (19.0, 12.0 / 8)
+    resumed = Metrics(ranks=2, warmup_steps=0, clock=clock)
+    resumed.load_state_dict(meter.state_dict())
+    timed_step(resumed.throughput, clock, 1.0, tokens=4)
+    one_is_blind = [RankReading(0, energy_joules=1.0), RankReading(1)]
+    assert resumed.step_record(StepReading(4, {"lm": 1.0}, 0.1, ranks=one_is_blind))["energy_joules"] is None
+    assert resumed.summary_record(4, "steps")["energy_joules"] is None  # of a part there would be too little
 
 
 def test_totals_continue_after_a_resume_and_warmup_counts_anew():
@@ -280,13 +320,14 @@ def test_rates_are_of_the_world_and_a_rank_is_credited_with_its_share_whatever_t
     share = 16 // mesh.data_ranks
     assert share * mesh.data_ranks == 16
     clock = Clock()
-    meter = Metrics(world, FlopsPerSequence(100.0, 120.0, 160.0), 1000.0, warmup_steps=0, clock=clock)
+    meter = Metrics(world, FlopsPerSequence(100.0, 120.0, 160.0, 80.0, 32), 1000.0, warmup_steps=0, clock=clock)
     sequences = share * mesh.data_ranks
     timed_step(meter.throughput, clock, 2.0, tokens=sequences * 32, target_tokens=sequences * 31, sequences=sequences)
     record = meter.step_record(StepReading(1, {"lm": 1.0}, 0.1))
     assert (record["tokens_per_second"], record["tokens_per_second_per_rank"]) == (256.0, 32.0)
     assert (record["sequences_per_second"], record["model_flops_per_second_per_rank"]) == (8.0, 100.0)
-    assert (record["mfu_causal"], record["mfu_full"], record["hfu"]) == (0.1, 0.12, 0.16)
+    assert (record["mfu_six_n"], record["mfu_causal"]) == (0.08, 0.1)
+    assert (record["mfu_full"], record["hfu"]) == (0.12, 0.16)
 
 
 def test_this_process_on_a_cpu_has_host_memory_and_no_device_memory():
@@ -323,7 +364,7 @@ def test_a_child_does_not_report_the_peak_of_the_process_that_started_it():
 
 
 def bert_metrics(clock):
-    meter = Metrics(2, FlopsPerSequence(1e9, 1e9, 2e9), 1e12, warmup_steps=0, clock=clock)
+    meter = Metrics(2, FlopsPerSequence(1e9, 1e9, 2e9, 1e9, 128), 1e12, warmup_steps=0, clock=clock)
     timed_step(meter.throughput, clock, 1.0, tokens=100, target_tokens=15, padded_tokens=28, sequences=1)
     return meter
 

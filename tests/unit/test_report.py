@@ -99,13 +99,33 @@ def test_a_noisy_last_loss_is_put_beside_its_recent_mean(tmp_path):
 def test_what_is_known_on_a_gpu_is_shown(tmp_path):
     memory = {"peak_allocated_bytes_max": 2**30, "peak_allocated_bytes_max_rank": 0}
     memory |= {"peak_reserved_bytes_max": 3 * 2**29, "peak_reserved_bytes_max_rank": 1, "host_rss_bytes_max": None}
-    known = {"mfu_causal": 0.4, "mfu_full": 0.5, "hfu": 0.6, "skipped_steps": 1, **memory}
+    known = {"mfu_six_n": 0.35, "mfu_causal": 0.4, "mfu_full": 0.5, "hfu": 0.6, "skipped_steps": 1, **memory}
     failed = {"kind": "event", "event": "sink_failed", "step": None, "message": "m", "details": {"sink": "wandb"}}
-    got = table_text(run_of(tmp_path, HEADER, failed, *(step(n, 1.0, **known) for n in (1, 2))))
-    assert got["MFU"] == "40.0 % causal, 50.0 % full attention; HFU 60.0 %"
+    header = {**HEADER, "peak_flops_per_second": 1e14, "peak_flops_source": "a datasheet"}
+    got = table_text(run_of(tmp_path, header, failed, *(step(n, 1.0, **known) for n in (1, 2))))
+    assert got["MFU"] == "35.0 % 6N, 40.0 % causal, 50.0 % full attention; HFU 60.0 %; of 100 TFLOP/s, a datasheet"
     assert got["memory, worst rank"] == "1.00 GiB allocated (rank 0), 1.50 GiB reserved (rank 1)"
     assert got["skipped updates"] == "1 of 2 (gradient overflow)"
     assert got["failed sinks"] == "wandb"
+
+
+def test_without_a_peak_every_convention_is_shown_as_flops(tmp_path):
+    flops = {"six_n": 3.0, "causal": 4.0, "full": 5.0, "hardware": 6e9}
+    header = {**HEADER, **{f"flops_{name}_per_sequence": value for name, value in flops.items()}}
+    got = table_text(run_of(tmp_path, header, *(step(n, 1.0) for n in (1, 2))))
+    reached = "1.50 GFLOP/s 6N, 2.00 GFLOP/s causal, 2.50 GFLOP/s full attention, 3.00 GFLOP/s executed"
+    assert got["MFU"] == f"- (no datasheet figure for this CPU; a rank {reached})"
+
+
+def test_energy_is_shown_with_its_source_or_with_why_there_is_none(tmp_path):
+    header = {**HEADER, "energy_source": "RAPL of every host: package-0"}
+    summary = {"kind": "summary", "step": 2, "stop_reason": "steps", "elapsed_seconds": 2.0, "train_seconds": 1.0,
+               "energy_joules": 4000.0}  # fmt: skip
+    got = table_text(run_of(tmp_path, header, *(step(n, 1.0, energy_joules=50.0) for n in (1, 2)), summary))
+    assert got["energy"] == "4.00 kJ, 0.50 J a token (RAPL of every host: package-0)"
+    got = table_text(run_of(tmp_path, {**header, "energy_source": "no counters"}, step(1, 1.0)))
+    assert got["energy"] == "- (no counters)"
+    assert "energy" not in table_text(run_of(tmp_path, HEADER, step(1, 1.0)))
 
 
 def test_what_a_rollback_took_back_is_not_of_the_run_but_is_told(tmp_path):
@@ -136,7 +156,7 @@ def test_a_run_that_was_killed_or_is_short_says_so(tmp_path):
     assert got["training loss"] == "nan nats at step 1"
     assert got["held-out loss"] == "- (not evaluated)"
     for row in ("tokens per second", "step time", "MFU"):
-        assert got[row] == "- (every step was a warm-up step)"
+        assert got[row] == "- (every step was a warm-up or profiled step)"
     assert got["checkpoints"] == "none"
 
 

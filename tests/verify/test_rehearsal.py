@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import typer
 import yaml
@@ -20,9 +21,9 @@ from disttrain.mesh import Mesh
 from disttrain.parallel import collectives, gradients
 from disttrain.parallel.groups import Group
 from disttrain.parallel.stage import Stage
-from disttrain.rehearsal.comparison import first_mismatch
+from disttrain.rehearsal.comparison import first_deadlock, first_mismatch
 from disttrain.rehearsal.everyone import ranks_that_differ, rehearse
-from disttrain.rehearsal.report import disagreement
+from disttrain.rehearsal.report import deadlock, disagreement
 from disttrain.rehearsal.trace import batches_of, steps, trace
 from disttrain.verify.layouts import parse
 from disttrain.verify.matrix import full_matrix, sample
@@ -63,7 +64,7 @@ def test_a_rehearsal_records_what_a_run_calls(name: str) -> None:
     assert rehearsed.handed_bytes == handed
     assert sum(r.handed_bytes for r in rehearsed.recorded if r.phase == last) == handed
     mine = [
-        (r.call.group, r.call.sequence, AS_GLOO.get(r.call.operation, r.call.operation.split(" from")[0]), r.call.shapes)
+        (r.call.group, r.call.sequence, AS_GLOO.get(r.call.operation, r.call.operation.split(" ")[0]), r.call.shapes)
         for r in rehearsed.recorded if r.ends is None
     ]  # fmt: skip
     newest = {(group, sequence) for group, sequence, *_ in called}  # a ledger is not endless
@@ -76,7 +77,7 @@ def test_legal_layouts_match() -> None:
     for layout in chosen:
         traces = rehearse(layout.applied(config), layout.world)
         assert [t.error for t in traces if t.error] == []
-        assert first_mismatch(traces) is None, layout
+        assert first_mismatch(traces) is None and not first_deadlock(traces), layout
         assert all(t.recorded for t in traces)
 
 
@@ -92,7 +93,7 @@ def test_legal_layouts_match() -> None:
 def test_codecs_workers_and_bert_match(name: str, family: str, values: dict) -> None:
     traces = rehearse(*laid_out(name, family, **values))
     assert [t.error for t in traces if t.error] == []
-    assert first_mismatch(traces) is None
+    assert first_mismatch(traces) is None and not first_deadlock(traces)
     assert sum(r.handed_bytes for r in traces[0].recorded if r.phase.startswith("step")) >= traces[0].handed_bytes > 0
 
 
@@ -124,6 +125,15 @@ def sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stage, "get_fwd_send_ops", ops)
 
 
+def largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 takes the largest norm, not the sum."""
+
+    def reduce_over(group: Group, tensor: Tensor) -> Tensor:
+        return collectives.reduce_over(group, tensor, dist.ReduceOp.MAX if dist.get_rank() == 1 else dist.ReduceOp.SUM)
+
+    monkeypatch.setattr(gradients, "reduce_over", reduce_over)
+
+
 @pytest.mark.parametrize(
     ("plant", "name", "told"),
     [
@@ -132,6 +142,8 @@ def sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
           "rank 1 calls all_gather_into_tensor number 1 of group data"]),
         (other_shape, "dp2.zero1 on 2",
          [f"rank 0 calls all_reduce number 10 of group data (ranks 0, 1), float64 [], at {__file__}", "float64 [1], at"]),
+        (largest, "dp2.zero1 on 2",
+         ["rank 0 calls all_reduce number 10 of group data", "rank 1 calls all_reduce of max number 10 of group data"]),
         (sent_twice, "pp2-1f1b.mb2 on 2",
          [" to rank 1 in group pipeline, float64 [2, 16, 16], at disttrain/", "rank 1 does not"]),
     ],
@@ -146,6 +158,29 @@ def test_planted_faults_are_named(
     assert mismatch is not None
     text = disagreement(mismatch, traces, config, world)
     assert [words for words in ["in step 1", *told] if words not in text] == [], text
+
+
+def test_groups_in_another_order_are_a_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+
+    def reduce_over(group: Group, tensor: Tensor) -> Tensor:
+        first = dist.get_rank() not in seen
+        seen.add(dist.get_rank())
+        if first and dist.get_rank() == 0:
+            dist.all_reduce(torch.ones(3))
+        reduced = collectives.reduce_over(group, tensor)
+        if first and dist.get_rank() != 0:
+            dist.all_reduce(torch.ones(3))
+        return reduced
+
+    config, world = laid_out("tp2.dp2.zero1 on 4")
+    monkeypatch.setattr(objective, "reduce_over", reduce_over)
+    traces = [trace(config, world, rank) for rank in range(world)]
+    assert first_mismatch(traces) is None
+    text = deadlock(first_deadlock(traces), traces, config, world)
+    assert "would wait for each other for ever in step 1: rank 0 waits in all_reduce number" in text
+    assert "of group world (ranks 0 to 3), float32 [3], at" in text, text
+    assert ", for rank 0. They call the same, in another order." in text
 
 
 OWN = """

@@ -1,0 +1,1 @@
+"""Which of several strategies trains best here: `disttrain compare` runs them and reports (docs/compare.md)."""
