@@ -31,7 +31,8 @@ def calibrate(
         int | None, typer.Option(min=2, help="Local ranks: as many as the host has GPUs, or cores, if not given.")
     ] = None,
 ) -> None:
-    """Measure products, memory, operators and links of this machine, for `disttrain plan`; in a launcher, of all its hosts."""
+    """Measure products, memory, operators and links of this machine for `disttrain plan`; in a launcher, of all its
+    hosts."""
     from disttrain import launch
     from disttrain.config.problems import Problem, RefusedInput
 
@@ -78,7 +79,9 @@ def _as_a_rank(out: Path | None, precision: str, interruption: "Interruption | N
     from disttrain.planner import speeds
 
     info, console = locate(os.environ), Console()
-    found = machine.measure(info, precision, lambda text: console.print(f"measuring {text}", style="dim", highlight=False))
+    found = machine.measure(
+        info, precision, lambda text: console.print(f"measuring {text}", style="dim", highlight=False)
+    )
     if info.rank == 0:
         path = out or speeds.MEASURED
         speeds.write(path, found.speeds, report.details(found))

@@ -13,8 +13,11 @@ def check(
     ] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks the run would have.")] = 1,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Rehearse steps of every rank without data, compare what they send, and count "
-                                           "the bytes they hold.")
+        bool,
+        typer.Option(
+            "--trace",
+            help="Rehearse steps of every rank without data, compare what they send, and count the bytes they hold.",
+        ),
     ] = False,
 ) -> None:
     """List every problem of a config at once, or show its mesh, batch arithmetic and predicted memory."""

@@ -167,8 +167,8 @@ class ActivationBytes(NamedTuple):
     saved: float
     """Held from the forward to the backward pass."""
     working: float
-    """The most that comes on top in the backward pass: the gradient of the logits and what the loss widens, or what of a block
-    is recomputed and the gradients inside it."""
+    """The most that comes on top in the backward pass: the gradient of the logits and what the loss widens, or what of a
+    block is recomputed and the gradients inside it."""
 
     @property
     def total(self) -> float:
@@ -235,8 +235,8 @@ def activation_bytes(
     """Activations of one micro-batch on one rank; of the whole model if no layout is given.
 
     Korthikanti et al. 2022, equation 2 (34 S B H + 5 A S^2 B bytes a block), adapted to this code: c bytes for an
-    element of a matrix product (2, 4 or 8), w for one of the residual stream and the norms (4, or 8 in fp64), dropout's masks
-    of one byte. For each token, a block saves
+    element of a matrix product (2, 4 or 8), w for one of the residual stream and the norms (4, or 8 in fp64), one for
+    dropout's masks. For each token, a block saves
 
         2 w H + 2 c H    inputs of both norms, of qkv and of up
         4 c H            input of out; query, key and value
@@ -247,9 +247,9 @@ def activation_bytes(
     and the head w H + c H + c V (for BERT only at predicted tokens, with a second H x H layer: w H + 3 c H + c V).
     recompute=full keeps w H for each token and block; selective drops what attention saves for itself.
 
-    In the backward pass of a block come on top: at GELU w H + c H + c F, once what was recomputed is there; at attention 2 c A S
-    (or 4 c H when fused) and w H, when 2 c F + w H + c H have been freed; where a schedule `splits` the backward pass nothing has,
-    and the gradients that weights wait for, 2 c H + c F, are there too.
+    In the backward pass of a block come on top: at GELU w H + c H + c F, once what was recomputed is there; at attention
+    2 c A S (or 4 c H when fused) and w H, when 2 c F + w H + c H have been freed. Where a schedule `splits` the backward
+    pass nothing has, and the gradients that weights wait for, 2 c H + c F, are there too.
 
     Tensor parallelism divides all of a block but the first line, sequence parallelism that one too (ibid., table 2), and
     of the head c V; context parallelism divides the tokens. A pipeline rank has some `layers`, and perhaps the head.
@@ -258,7 +258,9 @@ def activation_bytes(
     tokens = sequence_length * micro_batch_size / context
     sizes = _sizes(model, sequence_length, tokens, (wide, narrow), fused_attention, tensor, sequence)
     if ring:
-        tile = min(TILE_ELEMENTS[device], micro_batch_size * shape_of(model).heads / tensor * (tokens / micro_batch_size) ** 2)
+        tile = min(
+            TILE_ELEMENTS[device], micro_batch_size * shape_of(model).heads / tensor * (tokens / micro_batch_size) ** 2
+        )
         sizes = sizes._replace(scores=2 * wide * tile)
     block = 2 * (sizes.residual + sizes.input) + 4 * sizes.heads + 2 * sizes.features + sizes.masks
     kept = {"none": block + sizes.core, "selective": block, "full": sizes.residual}[recompute]
@@ -319,7 +321,7 @@ def passing_bytes(
     model: ModelConfig, sequence_length: int, micro_batch_size: int, precision: Precision, tensor: int, sequence: bool,
     context: int,
 ) -> float:  # fmt: skip
-    """Hidden states of a micro-batch between two pipeline stages: w H of each token that a rank holds between the matrices."""
+    """Hidden states of a micro-batch between two pipeline stages: w H of each token that a rank holds between matrices."""
     tokens = sequence_length * micro_batch_size / context / (tensor if sequence else 1)
     return _wide_bytes(precision) * model.hidden_size * tokens
 

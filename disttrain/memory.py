@@ -203,7 +203,8 @@ def predict(
         found_moments = moments(count, sharing, held, block, head, each.weight, each.compute_copy or each.weight)
         name, most = max(found_moments.items(), key=lambda item: item[1].total)
         optimizer = count.held * each.optimizer + sum(
-            fresh_bytes(config, precision, len(layers[n]), *end, mesh.tensor) for n, end in zip(numbers, ends, strict=True)
+            fresh_bytes(config, precision, len(layers[n]), *end, mesh.tensor)
+            for n, end in zip(numbers, ends, strict=True)
         )
         weight = count.held * each.weight
         state = StateBytes(weight, int(most.copies), int(most.gradients), optimizer)
@@ -266,10 +267,11 @@ def activations_of(
     splits = layout.pipeline > 1 and SCHEDULES[layout.schedule].splits_backward
     fused = ring or costs.attention_is_fused(model, length, precision, device)
     axes: Any = {"tensor": layout.tensor, "sequence": layout.sequence, "context": layout.context}
+    predicted = config.data.mlm_probability * length
 
     def of(layers: int, head: bool) -> ActivationBytes:
         return costs.activation_bytes(
-            model, length, size, precision, recompute, fused, layers=layers, head=head, device=device, ring=ring,
+            model, length, size, precision, recompute, fused, predicted, layers=layers, head=head, device=device, ring=ring,
             splits=splits, **axes,
         )  # fmt: skip
 

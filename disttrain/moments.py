@@ -141,8 +141,8 @@ def moments(
 
 
 def _copies(p: Parameters, zero: Number, chunks: Number, heads: Number, at_once: int, wide: int, narrow: int) -> Number:
-    """In low precision autocast copies weights in every forward pass, and keeps them for its backward pass. ZeRO gathers blocks
-    in the type of products, all of them in stages 1 and 2, and the rest in the master type."""
+    """In low precision autocast copies weights in every forward pass, and keeps them for its backward pass. ZeRO gathers
+    blocks in the type of products, all of them in stages 1 and 2, and the rest in the master type."""
     low = narrow if narrow < wide else 0
     cast = low * heads * p.head
     gathered = np.where(zero == 3, np.minimum(at_once, p.blocks), p.blocks) * p.block
@@ -150,7 +150,7 @@ def _copies(p: Parameters, zero: Number, chunks: Number, heads: Number, at_once:
 
 
 def _in_a_block(p: Parameters, zero: Number, scatters: Number, accumulates: Number, wide: int, narrow: int) -> Number:
-    """The gradient of a matrix before it is added up; under ZeRO those of the block, what of the last one (or of what is outside
-    blocks, in the micro-batch before) is being scattered, and in stage 3 what is on its way for the next one."""
+    """The gradient of a matrix before it is added up; under ZeRO those of the block, what of the last one (or of what is
+    outside blocks, in the micro-batch before) is being scattered, and in stage 3 what is on its way for the next one."""
     scattered = wide * np.maximum(p.block * (p.blocks > 1), p.rest * accumulates * (zero > 1)) * scatters
     return np.where(zero == 0, narrow * p.largest, narrow * p.block * (1 + (zero == 3)) + scattered)

@@ -38,7 +38,9 @@ def plan(
         bool, typer.Option("--validate", help="Train a sample of layouts on this machine, and show how wrong that was.")
     ] = False,
     sample: Annotated[int, typer.Option(min=1, help="Layouts to train.")] = 8,
-    table: Annotated[Path | None, typer.Option(help="Markdown file of the validation, or page with a place for it.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Markdown file of the validation, or page with a place for it.")
+    ] = None,
 ) -> None:
     """Rank every legal layout by predicted step time and memory, and say why others are rejected; writes the best config."""
     from rich.console import Console

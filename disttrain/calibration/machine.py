@@ -94,8 +94,10 @@ def measure(info: RankInfo, requested: str, say: Say) -> Measurements:
         context_bytes=context_bytes, group_bytes=group_bytes
     )
     first: _Own = everyone[0]
-    return Measurements(speeds, versions(with_gpus=gpu), torch.get_num_threads(), tuple(together), tuple(first.products),
-                        tuple(first.passes), first.operator, tuple(inside), tuple(between), time.perf_counter() - began)  # fmt: skip
+    return Measurements(
+        speeds, versions(with_gpus=gpu), torch.get_num_threads(), tuple(together), tuple(first.products),
+        tuple(first.passes), first.operator, tuple(inside), tuple(between), time.perf_counter() - began,
+    )  # fmt: skip
 
 
 def _together(info: RankInfo, device: torch.device, dtype: torch.dtype) -> list[tuple[int, float]]:
@@ -135,7 +137,9 @@ def _links(info: RankInfo, device: torch.device) -> tuple[list[links.Measured], 
     backend = "nccl" if device.type == "cuda" else "gloo"
     inside = _along([host for host, _ in hosts], info.rank, backend)
     between = _along([str(local_rank) for _, local_rank in hosts], info.rank, backend)
-    return tuple(links.measure(device, group, dist.get_world_size(group)) if group else [] for group in (inside, between))  # pyright: ignore
+    return tuple(
+        links.measure(device, group, dist.get_world_size(group)) if group else [] for group in (inside, between)
+    )  # pyright: ignore
 
 
 def _along(names: list[str], rank: int, backend: str) -> dist.ProcessGroup | None:

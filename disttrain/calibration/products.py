@@ -48,7 +48,8 @@ def measure(size: tuple[int, int, int], device: torch.device, dtype: torch.dtype
 
 
 def _calls(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> Iterator:
-    """Operands as autograd brings them: [m, k] by the transpose of [n, k]; [m, k] by [k, n]; transpose of [k, m] by [k, n]."""
+    """Operands as autograd brings them: [m, k] by the transpose of [n, k]; [m, k] by [k, n]; the transpose of [k, m] by
+    [k, n]."""
 
     def matrix(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, device=device).to(dtype)
@@ -94,7 +95,5 @@ def _attend(heads: int, length: int, size: int, device: torch.device, dtype: tor
         tensor.requires_grad_()
     output = forward()
     gradient = torch.randn_like(output)
-    back = timed(
-        lambda: torch.autograd.grad(output, (query, key, value), gradient, retain_graph=True), device, ROUNDS
-    )
+    back = timed(lambda: torch.autograd.grad(output, (query, key, value), gradient, retain_graph=True), device, ROUNDS)
     return there, back

@@ -52,7 +52,9 @@ def shown(found: "Measurements") -> Group:
     head.add_row("device", f"{speeds.device}, {speeds.precision}, {found.threads} threads a rank")
     head.add_row("ranks of a host", f"{speeds.ranks_per_host}, of which {speeds.at_full_speed} compute at full speed "
                                     f"together ({together} at once)")  # fmt: skip
-    head.add_row("memory of a rank", f"{speeds.memory_bytes / 1e9:.1f} GB, {speeds.memory_bytes_per_second / 1e9:.1f} GB/s")
+    head.add_row(
+        "memory of a rank", f"{speeds.memory_bytes / 1e9:.1f} GB, {speeds.memory_bytes_per_second / 1e9:.1f} GB/s"
+    )
     head.add_row("an operator's call", f"{speeds.operator_seconds * 1e6:.1f} us (spread {found.operator.spread:.0%})")
     notes = [Text(f"note: {note}") for note in speeds.notes]
     parts = [head, "", _products(speeds.products), "", _passes(found), "", _collectives(found), *notes]
@@ -73,7 +75,9 @@ def _products(points: Sequence[Product]) -> Table:
 
 
 def _passes(found: "Measurements") -> Table:
-    table = Table("operator", "GB/s", "spread", title="passes over memory", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        "operator", "GB/s", "spread", title="passes over memory", title_justify="left", box=None, pad_edge=False
+    )
     for p in found.passes:
         table.add_row(p.operator, f"{p.bytes_per_second / 1e9:.1f}", f"{p.timed.spread:.0%}")
     return table

@@ -3,7 +3,7 @@
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def measure_links(world_size: int, device: str) -> list[LinkSpeed]:
     if target.type == "cuda":
         torch.cuda.set_device(target)
         backend = "nccl"
-    group = dist.new_group(backend=backend)
+    group: Any = dist.new_group(backend=backend)
     speeds: list[LinkSpeed] = []
     for message_bytes in MESSAGE_BYTES:
         durations = time_collective("all_reduce", message_bytes, target, group, REPEATS[message_bytes])
@@ -64,8 +64,9 @@ def measure_links(world_size: int, device: str) -> list[LinkSpeed]:
 def time_collective(
     collective: Collective, message_bytes: int, device: "torch.device", group: "dist.ProcessGroup | None", repeats: int
 ) -> list[float]:
-    """Seconds of each call on this rank; all ranks of the group call it together. `message_bytes` are those that are reduced,
-    that all ranks have together after a gather, or that each rank sends to the next one while it receives as many."""
+    """Seconds of each call on this rank; all ranks of the group call it together. `message_bytes` are those that are
+    reduced, that all ranks have together after a gather, or that each rank sends to the next one while it receives as
+    many."""
     import torch
     import torch.distributed as dist
 
@@ -77,7 +78,10 @@ def time_collective(
 
     def send() -> None:
         onward, back = ranks[(at + 1) % len(ranks)], ranks[at - 1]
-        ends = [dist.P2POp(dist.isend, whole, onward, group), dist.P2POp(dist.irecv, torch.empty_like(whole), back, group)]
+        ends = [
+            dist.P2POp(dist.isend, whole, onward, group),
+            dist.P2POp(dist.irecv, torch.empty_like(whole), back, group),
+        ]
         for work in dist.batch_isend_irecv(ends):
             work.wait()
 

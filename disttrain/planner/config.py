@@ -63,8 +63,9 @@ def refuse_validation(config: Config, device: str, speeds: Speeds, world: int) -
         problems.append(Problem((f"--device {device}", "--validate"), "layouts are trained on this machine",
                                 "run `disttrain calibrate` and use --device measured"))  # fmt: skip
     elif world > speeds.ranks_per_host:
-        problems.append(Problem((f"--gpus {world}", "--validate"), f"{speeds.ranks_per_host} ranks of this host were measured",
-                                f"run `disttrain calibrate --nproc {world}`, or use --gpus {speeds.ranks_per_host}"))  # fmt: skip
+        message = f"{speeds.ranks_per_host} ranks of this host were measured"
+        fix = f"run `disttrain calibrate --nproc {world}`, or use --gpus {speeds.ranks_per_host}"
+        problems.append(Problem((f"--gpus {world}", "--validate"), message, fix))
     if problems:
         raise RefusedInput(problems)
 

@@ -1,8 +1,8 @@
 """Bytes that the worst rank of a layout holds, by part: `disttrain.memory`'s prediction, and what it leaves out. No torch.
 
-The formulas are those of `disttrain.moments` and `costs.activation_bytes`, put together once for what layouts have in common (a
-test holds the sum to `memory.predict`). On top comes what the device's runtime and the communication library keep; fragments
-of the allocator are not counted, since nobody knows them before.
+The formulas are those of `disttrain.moments` and `costs.activation_bytes`, put together once for what layouts have in
+common (a test holds the sum to `memory.predict`). On top comes what the device's runtime and the communication library
+keep; fragments of the allocator are not counted, since nobody knows them before.
 """
 
 from functools import cache

@@ -10,7 +10,7 @@ import math
 from bisect import insort
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -157,7 +157,9 @@ class _Tables:
         for kind in range(len(held[0])):
             parameters, static, feedback = self.static(SCHEDULES[cut.schedule].placement, pipeline[2], kind, zeros)
             sharing = sharing._replace(undecided=feedback * footprint.skips)
-            flight = moments.InFlight(*(np.array(column)[:, None] for column in zip(*(h[kind] for h in held), strict=True)))
+            flight = moments.InFlight(
+                *(np.array(column)[:, None] for column in zip(*(h[kind] for h in held), strict=True))
+            )
             found = moments.moments(parameters, sharing, flight, block, head, *footprint.bytes)
             for moment in found.values():
                 needed = np.maximum(needed, static + moment.total)
@@ -196,7 +198,7 @@ class _Tables:
         """Of a block, of the head, and between stages, each [W, 1]."""
         axes = self.axes.tensor, cut.sequence, self.axes.context, cut.context_method, self.axes.pipeline, cut.schedule
         found = [self.predictor.footprint.active(sequences, recompute, *axes) for sequences, recompute in works]
-        table = np.array([[*block, *head, passing] for block, head, passing in found])[:, :, None]
+        table: Any = np.array([[*block, *head, passing] for block, head, passing in found])[:, :, None]
         return ActivationBytes(table[:, 0], table[:, 1]), ActivationBytes(table[:, 2], table[:, 3]), table[:, 4]
 
 

@@ -126,7 +126,9 @@ def read(path: Path, precision: str | None = None) -> Speeds:
         raise RefusedInput([Problem((f"--device {path}",), "there is no such file", fix)]) from None
     except (OSError, ValueError, TypeError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RefusedInput([Problem((f"--device {path}",), f"it does not hold measured speeds: {reason}", fix)]) from None
+        raise RefusedInput(
+            [Problem((f"--device {path}",), f"it does not hold measured speeds: {reason}", fix)]
+        ) from None
     message = f"it holds speeds in {', '.join(entries)} only"
     fix = f"run `disttrain calibrate --precision {chosen}`"
     raise RefusedInput([Problem((f"--device {path}", f"precision={chosen}"), message, fix)])

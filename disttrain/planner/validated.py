@@ -32,10 +32,11 @@ def markdown(validation: Validation, config: Config, world: int, speeds: Speeds)
     """For a page."""
     model, data = config.model, config.data
     about = (
-        f"{model.preset or model.family}, {model.layers} layers, {model.hidden_size} wide, {config.train.global_batch_size} "
-        f"sequences of {data.sequence_length} tokens a step, {world} ranks on {speeds.device} in {speeds.precision} "
-        f"({speeds.source}). Steps of `disttrain train`, {STEPS} a run without the first three, median of {REPEATS} runs that "
-        "were made in turns; spread: of the runs; bytes of live tensors on the rank that holds most."
+        f"{model.preset or model.family}, {model.layers} layers, {model.hidden_size} wide, "
+        f"{config.train.global_batch_size} sequences of {data.sequence_length} tokens a step, {world} ranks on "
+        f"{speeds.device} in {speeds.precision} ({speeds.source}). Steps of `disttrain train`, {STEPS} a run without the "
+        f"first three, median of {REPEATS} runs that were made in turns; spread: of the runs; bytes of live tensors on the "
+        "rank that holds most."
     )
     lines = [about, "", _line(COLUMNS), _line(["---", *["---:"] * (len(COLUMNS) - 1)])]
     lines += [_line(row) for row in _rows(validation)]

@@ -1,7 +1,7 @@
 """Predictions beside what really happens: a seeded sample of layouts, trained for a few steps on this machine.
 
-The runs are those of `disttrain train`, one after the other, repeats interleaved, so that a slow spell of the machine meets all
-layouts. On a CPU, where torch reports no peak, the bytes of live tensors are counted in a run of their own
+The runs are those of `disttrain train`, one after the other, repeats interleaved, so that a slow spell of the machine
+meets all layouts. On a CPU, where torch reports no peak, the bytes of live tensors are counted in a run of their own
 (`disttrain.rehearsal.live`). Imports no torch before it counts.
 """
 
@@ -77,8 +77,8 @@ class Validation(NamedTuple):
 
     @property
     def regret(self) -> float | None:
-        """How much longer a step of the planner's choice takes than the shortest measured one, as a share of that; None if it
-        could not be trained."""
+        """How much longer a step of the planner's choice takes than the shortest measured one, as a share of that; None if
+        it could not be trained."""
         if self.trained[0].failed is not None:
             return None
         return self.trained[0].seconds / min(one.seconds for one in self.good) - 1
@@ -87,9 +87,7 @@ class Validation(NamedTuple):
     def in_order(self) -> float | None:
         """Share of the pairs of layouts that are predicted in the order in which they were measured."""
         pairs = [(a, b) for at, a in enumerate(self.good) for b in self.good[at + 1 :]]
-        right = [
-            (a.seconds < b.seconds) == (a.predicted.step_seconds < b.predicted.step_seconds) for a, b in pairs
-        ]
+        right = [(a.seconds < b.seconds) == (a.predicted.step_seconds < b.predicted.step_seconds) for a, b in pairs]
         return statistics.mean(right) if right else None
 
 
@@ -116,8 +114,8 @@ def validate(
     given: Config, config: Config, world: int, speeds: Speeds, memory_bytes: float, count: int, seed: int, folder: Path,
     say: Say, repeats: int = REPEATS,
 ) -> Validation:  # fmt: skip
-    """Draw, train and count. `given` is the config as the user has it, `config` with its vocabulary; runs are made in `folder`
-    and removed."""
+    """Draw, train and count. `given` is the config as the user has it, `config` with its vocabulary; runs are made in
+    `folder` and removed."""
     predictions, legal = drawn(config, world, speeds, memory_bytes, count, seed)
     seconds: dict[Layout, list[float]] = {one.layout: [] for one in predictions}
     peaks: dict[Layout, int] = {}
@@ -139,7 +137,8 @@ def validate(
         say("counting the bytes of live tensors")
         peaks |= _counted(config, counted, speeds)
     trained = [
-        Trained(one, tuple(seconds[one.layout]), peaks.get(one.layout, 0), failed.get(one.layout)) for one in predictions
+        Trained(one, tuple(seconds[one.layout]), peaks.get(one.layout, 0), failed.get(one.layout))
+        for one in predictions
     ]
     return Validation(trained, seed, legal)
 

@@ -48,7 +48,9 @@ def rehearse(config: Config, world_size: int) -> list[Trace]:
 
 def _rehearse(config: Config, world_size: int, rank: int) -> Trace:
     try:
-        return trace(config, world_size, rank, count=rank in ranks_that_hold_most(build_mesh(config.parallel, world_size)))
+        return trace(
+            config, world_size, rank, count=rank in ranks_that_hold_most(build_mesh(config.parallel, world_size))
+        )
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         if isinstance(error, DynamicOutputShapeException | DataDependentOutputException):

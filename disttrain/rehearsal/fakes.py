@@ -1,8 +1,9 @@
 """Tensors without storage, and collectives that only leave a note: torch's fake tensors with two exceptions.
 
-Numbers that are not floating (tokens, counts, sizes) stay real as long as they come from real ones and are not many (as
-dropout's masks are): they take little memory, and what a step sends may depend on them. And a value that code reads from a fake tensor, or that another rank would
-have sent, is 1; a collective gives what it would if all ranks handed in the same.
+Numbers that are not floating (tokens, counts, sizes) stay real as long as they come from real ones and are not many, as
+dropout's masks are: they take little memory, and what a step sends may depend on them. And a value that code reads from
+a fake tensor, or that another rank would have sent, is 1; a collective gives what it would if all ranks handed in the
+same.
 """
 
 import sys
@@ -78,12 +79,12 @@ def shards_stay() -> Iterator[None]:
     ones it would copy all."""
     reset = FSDPParam.reset_sharded_param
 
-    def reset_sharded_param(param: FSDPParam) -> None:
+    def reset_sharded_param(param: Any) -> None:
         here, shard = param._sharded_param_data, param.sharded_param._local_tensor
         if not isinstance(here, FakeTensor) or here.untyped_storage()._cdata != shard.untyped_storage()._cdata:
             reset(param)
 
-    FSDPParam.reset_sharded_param = reset_sharded_param
+    FSDPParam.reset_sharded_param = reset_sharded_param  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

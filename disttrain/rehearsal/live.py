@@ -23,7 +23,7 @@ from disttrain.parallel import data
 from disttrain.rehearsal.records import PARTS, LiveBytes
 
 CUDA_BLOCK_BYTES = 512
-"""The caching allocator for CUDA hands out multiples of so much (torch, c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize)."""
+"""The caching allocator for CUDA hands out multiples of so much (torch, c10/cuda/CUDACachingAllocator.cpp)."""
 
 
 class _Life:
@@ -169,7 +169,7 @@ def counting(device_type: str = "cpu", block_bytes: int = 1) -> Iterator[Ledger]
 
     gc.collect()
     gc.disable()
-    torch.UntypedStorage.resize_ = resize_
+    torch.UntypedStorage.resize_ = resize_  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with ledger:
             yield ledger

@@ -51,7 +51,11 @@ class LiveBytes(NamedTuple):
     @property
     def total(self) -> int:
         """All of them."""
-        return sum(self[: len(PARTS)])
+        return sum(self.size(part) for part in PARTS)
+
+    def size(self, part: str) -> int:
+        """One of `PARTS`."""
+        return getattr(self, part)
 
 
 PARTS = LiveBytes._fields[:8]

@@ -46,14 +46,14 @@ def agreement(traces: Sequence[Trace], config: Config, world_size: int) -> Group
 def held(traces: Sequence[Trace], config: Config) -> Table:
     """The counted peak of one rank of each pipeline rank, by what the bytes hold."""
     counted = [(trace.rank, trace.live) for trace in traces if trace.live is not None]
-    parts = [at for at in range(len(PARTS)) if any(live[at] for _, live in counted)]
+    parts = [part for part in PARTS if any(live.size(part) for _, live in counted)]
     table = Table(box=None, pad_edge=False, title=f"counted memory of a rank at its peak, {_precision(config)}",
                   title_justify="left", title_style="italic")  # fmt: skip
-    for column in ("rank", "together", *(PARTS[at] for at in parts), "in"):
+    for column in ("rank", "together", *parts, "in"):
         table.add_column(column, justify="left" if column == "in" else "right")
     for rank, live in counted:
         where = live.step if live.step == "evaluation" else f"{live.step}: {live.phase}"
-        table.add_row(str(rank), f"[bold]{size(live.total)}", *(size(live[at]) for at in parts), where)
+        table.add_row(str(rank), f"[bold]{size(live.total)}", *(size(live.size(part)) for part in parts), where)
     return table
 
 

@@ -43,9 +43,9 @@ def steps(config: Config) -> tuple[int, ...]:
 def trace(config: Config, world_size: int, rank: int, count: bool = False) -> Trace:
     """What this rank calls while its engine is built, takes the steps of `steps` and evaluates, as on a CPU.
 
-    Needs `model.vocab_size`, and a process without a process group; leaves none behind. The tokens are random. Nothing is sent and no floating number computed, so that the time does not depend on
-    the width of the model, nor the memory on its size. With `count` the bytes of live tensors are counted, over one more
-    step than is written down.
+    Needs `model.vocab_size`, and a process without a process group; leaves none behind. The tokens are random. Nothing is
+    sent and no floating number computed, so that the time does not depend on the width of the model, nor the memory on
+    its size. With `count` the bytes of live tensors are counted, over one more step than is written down.
     """
     mesh = build_mesh(config.parallel, world_size)
     config = rehearsed(config, mesh)
