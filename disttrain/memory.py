@@ -3,7 +3,7 @@
 The formulas of `disttrain.costs` put together; `docs/measurement.md` has them in prose.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -76,45 +76,6 @@ def _vectors(norm: str, size: int) -> Shapes:
 
 def _linear(name: str, rows: int, columns: int, bias: int | None = None) -> Shapes:
     return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows if bias is None else bias,)}
-
-
-def zero_bytes(
-    shapes: Mapping[str, tuple[int, ...]], zero: int, ranks: int, precision: Precision, accumulates: bool = True
-) -> StateBytes:
-    """Bytes of weights, gradients and optimizer at the peak of a step (Rajbhandari et al. 2020, section 5).
-
-    `shapes` are the parameters of one stage, P elements, shared by N `ranks`. With w bytes for a master value (4, or 8
-    in fp64) and c for one of the compute type (2 in bf16 and fp16, else w):
-
-        stage    weight    compute copy              gradient    optimizer
-        0        w P       c P if c < w              w P         2 w P
-        1        w P / N   c P                       w P         2 w P / N
-        2        w P / N   c P                       w P / N     2 w P / N
-        3        w P / N   c (two blocks, the rest)  w P / N     2 w P / N
-
-    Weight and optimizer are the paper's K = 12 bytes. FSDP2 cuts rows, rounded up; the blocks' norms stay whole on every
-    rank and count as at stage 0, a half per cent of a block. What is gathered: blocks in the compute type; the rest
-    (embedding, head) in the master type, of which autocast makes a copy, and at stage 3 from forward to backward too; of
-    the blocks one that works and one that is on its way. Gradients of stage 1 are scattered at once, as at stage 2, when a
-    step has one micro-batch only (`accumulates` is false).
-    """
-    each = costs.state_bytes_per_parameter(precision)
-    whole = sum(map(prod, shapes.values()))
-    if zero == 0:
-        return StateBytes(*(whole * number for number in each))
-    held = rest = 0
-    blocks: dict[str, int] = {}
-    for name, (rows, *others) in shapes.items():
-        held += rows if _block_norm(name) else prod((-(-rows // ranks), *others))
-        if not name.startswith("blocks."):
-            rest += prod((rows, *others))
-        elif not _block_norm(name):
-            number = name.split(".")[1]
-            blocks[number] = blocks.get(number, 0) + prod((rows, *others))
-    gathered = sorted(blocks.values(), reverse=True)[: 2 if zero == 3 else None]
-    copy = sum(gathered) * (each.compute_copy or each.weight) + rest * (each.compute_copy + each.weight)
-    gradients = whole if zero == 1 and accumulates else held
-    return StateBytes(held * each.weight, copy, gradients * each.gradient, held * each.optimizer)
 
 
 def _block_norm(name: str) -> bool:

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from disttrain.config.schema import Config
+    from disttrain.planner.search import Plan
     from disttrain.planner.speeds import Speeds
 
 
@@ -43,11 +44,8 @@ def plan(
     ] = None,
 ) -> None:
     """Rank every legal layout by predicted step time and memory, and say why others are rejected; writes the best config."""
-    from rich.console import Console
-
     from disttrain.config.load import load
     from disttrain.planner import config as planning
-    from disttrain.planner import report
     from disttrain.planner.search import search
 
     if table is not None and not validate:
@@ -62,22 +60,34 @@ def plan(
         planning.refuse_validation(given, device, speeds, gpus)
     limit = speeds.memory_bytes * (1 - headroom)
     found = search(settings, gpus, speeds, limit, keep=top)
-    if json:
-        typer.echo(json_text.dumps(report.as_values(found, settings, gpus, speeds, limit, top), indent=2))
-    else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(report.shown(found, settings, gpus, speeds, limit, top), highlight=False)
-    if not found.best:
-        enough = planning.enough_ranks(settings, gpus, speeds, limit)
-        for line in report.nothing_fits(found, limit, enough, gpus):
-            typer.echo(line, err=True)
-        raise typer.Exit(1)
+    _show(found, settings, gpus, speeds, limit, top, json)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(planning.planned(given, found.best[0].layout), encoding="utf-8")
         typer.echo(f"written: {out}, {found.best[0].layout.name}", err=json)
     if validate:
         raise typer.Exit(_validate(given, settings, gpus, speeds, limit, sample, table))
+
+
+def _show(
+    found: "Plan", settings: "Config", world: int, speeds: "Speeds", limit: float, top: int, as_json: bool
+) -> None:
+    """Print the plan. Ends with exit code 1, and what would help, where nothing fits."""
+    from rich.console import Console
+
+    from disttrain.planner import config as planning
+    from disttrain.planner import report
+
+    if as_json:
+        typer.echo(json_text.dumps(report.as_values(found, settings, world, speeds, limit, top), indent=2))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(report.shown(found, settings, world, speeds, limit, top), highlight=False)
+    if not found.best:
+        enough = planning.enough_ranks(settings, world, speeds, limit)
+        for line in report.nothing_fits(found, limit, enough, world):
+            typer.echo(line, err=True)
+        raise typer.Exit(1)
 
 
 def _validate(

@@ -1,7 +1,6 @@
-"""Bytes that a rank really holds in a step, against the formulas of `disttrain.memory`, stage by stage."""
+"""Bytes that a rank really holds in a step, against the elements of `disttrain.memory`, stage by stage."""
 
 import gc
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -63,9 +62,11 @@ def config_of(precision: str = "fp32", **parallel: Any) -> Config:
     return config_for("gpt", **{**MODEL, "precision": precision, "parallel": ParallelConfig(**parallel)})
 
 
-def formula(config: Config, ranks: int) -> Any:
-    shapes = memory.parameter_shapes(config.model, range(LAYERS))
-    return memory.zero_bytes(shapes, config.parallel.zero, ranks, config.precision)
+def kept(config: Config, ranks: int, narrow: int = 4) -> float:
+    """Weights, moments, gradients, and what is gathered of blocks (at stage 3 two of them) and of the rest."""
+    zero, p = config.parallel.zero, memory.of_stage(config.model, LAYERS, True, True, 1, ranks)
+    gathered = LAYERS if zero < 3 else 2 if ranks > 1 else 1  # alone on its rank nothing is on its way
+    return 12 * p.held + 4 * (p.whole if zero == 1 else p.held) + narrow * gathered * p.block + 4 * p.rest
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
@@ -73,27 +74,16 @@ def formula(config: Config, ranks: int) -> Any:
 def test_a_rank_holds_what_the_formulas_say(zero: int, ranks: int) -> None:
     """Within 5 %, everything together while the last micro-batch computes; by kind see `test_zero_memory`."""
     config = with_values(config_of(zero=zero), {"train.global_batch_size": 2 * ranks})
-    expected = formula(config, ranks)
-    kept = expected.total - (one_block(config) if zero == 3 and ranks == 1 else 0)
     for got in run_ranks(held, ranks, config, ranks, 2):
-        assert got["together"] == pytest.approx(kept, rel=0.05)
-
-
-def one_block(config: Config) -> int:
-    """Bytes that alone on its rank FSDP2 does not need: there is nothing on its way."""
-    shapes = memory.parameter_shapes(config.model, range(1), first=False, last=False)
-    return 4 * sum(prod(shape) for shape in shapes.values())
+        assert got["together"] == pytest.approx(kept(config, ranks), rel=0.05)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_low_precision_gathers_half(zero: int) -> None:
     """Blocks are gathered in bfloat16; what autocast copies lies in its cache, where no test can see it."""
     config = with_values(config_of("bf16", zero=zero), {"train.global_batch_size": 4})
-    expected = formula(config, 2)
-    shapes = memory.parameter_shapes(config.model, range(0))
-    cached = 2 * sum(prod(shape) for shape in shapes.values())
     for got in run_ranks(held, 2, config, 2, 2):
-        assert got["together"] == pytest.approx(expected.total - cached, rel=0.05)
+        assert got["together"] == pytest.approx(kept(config, 2, narrow=2), rel=0.05)
 
 
 LAYOUTS = [

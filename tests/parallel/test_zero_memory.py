@@ -1,11 +1,10 @@
-"""Bytes that each ZeRO stage really holds, by kind, against the formulas of `disttrain.memory.zero_bytes`.
+"""Bytes that each ZeRO stage really holds, by kind, against the elements of `disttrain.memory.of_stage`.
 
 Counted are the storages of all live tensors, between two micro-batches of a step: no activation is alive there, the
 first gradients are, and from the second step on the moments are too.
 """
 
 import gc
-from math import prod
 
 import pytest
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config
-from disttrain.memory import parameter_shapes, zero_bytes
+from disttrain.memory import of_stage
 from tests.parallel.test_data_parallel import BATCH, SEQUENCE, VOCAB, config_for, make_engine
 from tests.parallel.test_layouts import micro_batches
 from tests.ranks import run_ranks
@@ -61,13 +60,12 @@ def test_bytes_follow_the_formulas(zero: int, world: int) -> None:
     batch = {"train.global_batch_size": BATCH, "train.micro_batch_size": BATCH // world // 2}
     config = with_values(config_for("gpt", precision="fp32", **size, **batch), {"parallel.zero": zero})
     assert config.model.vocab_size == VOCAB
-    shapes = parameter_shapes(config.model, range(4), True, True)
-    expected = zero_bytes(shapes, zero, world, "fp32")
+    p = of_stage(config.model, 4, True, True, 1, world if zero else 1)
+    gradients = {0: p.whole, 1: p.whole, 2: p.held, 3: p.held}[zero]
+    # between two micro-batches gathered copies stay at stages 1 and 2; at stage 3 that of what is no block
+    copies = {0: 0, 1: 4 * p.block + p.rest, 2: 4 * p.block + p.rest, 3: p.rest}[zero]
+    buckets = p.whole if zero == 0 and world > 1 else 0  # DDP keeps its buffers
     for rank, found in enumerate(run_ranks(measure, world, config, world)):
-        assert found["weights"] == pytest.approx(expected.weight, rel=0.05), rank
-        buckets = expected.gradient if zero == 0 and world > 1 else 0  # DDP keeps its buffers
-        assert found["moments"] == pytest.approx(expected.optimizer + buckets, rel=0.05), rank
-        # between two micro-batches gathered copies stay at stages 1 and 2; at stage 3 that of what is no block
-        rest = sum(4 * prod(shape) for name, shape in shapes.items() if not name.startswith("blocks."))
-        kept = {0: 0, 1: expected.compute_copy, 2: expected.compute_copy, 3: rest}[zero]
-        assert found["between"] == pytest.approx(expected.gradient + kept, rel=0.05), rank
+        assert found["weights"] == pytest.approx(4 * p.held, rel=0.05), rank
+        assert found["moments"] == pytest.approx(8 * p.held + 4 * buckets, rel=0.05), rank
+        assert found["between"] == pytest.approx(4 * (gradients + copies), rel=0.05), rank

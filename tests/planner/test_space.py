@@ -74,8 +74,8 @@ def test_compiling_leaves_out_what_cannot_be_compiled() -> None:
                                     {"compression": {"codec": "powersgd"}},
                                     {"compression": {"codec": "onebit_lamb", "warmup_steps": 2},
                                      "optim": {"name": "lamb"}}])  # fmt: skip
-def test_bytes_are_those_of_check_and_more(values: dict[str, Any]) -> None:
-    """On every rank that differs; buffers and runtime are what `disttrain.memory` leaves out."""
+def test_bytes_are_those_of_check(values: dict[str, Any]) -> None:
+    """On every rank that differs; the runtime is what `disttrain.memory` leaves out."""
     settings = config(**{**values, "model": {"layers": 6}})
     precision = settings.precision if settings.precision != "auto" else "bf16"
     predictor, compared = Predictor(settings, 8, GPU._replace(precision=precision)), 0
@@ -85,32 +85,21 @@ def test_bytes_are_those_of_check_and_more(values: dict[str, Any]) -> None:
         expected = memory.predict(applied, build_mesh(applied.parallel, 8), precision, count)  # pyright: ignore
         found = {rank.stage: rank for rank in predictor.footprint.ranks(layout)}
         worst = max(expected, key=lambda rank: rank.total)
-        totals = [rank.total - rank.buffers - rank.runtime for rank in found.values()]
-        assert max(totals) == pytest.approx(worst.total), layout.name
+        assert max(rank.total for rank in found.values()) == pytest.approx(worst.total, abs=2), layout.name
         for rank in found.values():
-            assert (rank.weights, rank.copies, rank.gradients, rank.optimizer) == expected[rank.stage].state
-            assert rank.feedback == expected[rank.stage].feedback
-            assert rank.buffers >= 0 and rank.runtime == 0
+            same = expected[rank.stage]
+            assert (rank.weights, rank.copies, rank.gradients, rank.optimizer) == pytest.approx(same.state, abs=1)
+            assert (rank.activations, rank.buffers) == pytest.approx((same.activations, same.buffers))
+            assert (rank.feedback, rank.runtime) == (same.feedback, 0)
         compared += 1
     assert compared >= 20
 
 
-def test_what_communication_holds() -> None:
-    """ZeRO: of a block of e elements its flat tensor and gradients in bf16, and gradients in fp32; those of embedding and
-    head. NCCL's buffers for the world, the tensor axis and the data axis."""
-    gpu = GPU._replace(context_bytes=7.0, group_bytes=100.0)
-    predictor = Predictor(config(), 8, gpu)
-    (rank,) = predictor.footprint.ranks(parse("tp2.sp.dp4.zero2.mb2 on 8"))
-    block = 12 * 256 * 256 / 2 + (3 * 256 + 1024) / 2 + 2 * 256
-    others = 256 * (512 / 2 + 64) + 2 * 256
-    assert rank.buffers == pytest.approx(8 * block + 4 * others + 2 * 2 * 64 * 256)
-    assert rank.runtime == 307.0
-    (rank,) = predictor.footprint.ranks(parse("cp8-ring on 8"))
-    assert rank.buffers == pytest.approx(4 * 2 * 16 * 8 * 256)
-    first, last = predictor.footprint.ranks(parse("pp2-1f1b.dp4.mb1 on 8"))[:2]
-    flat = last.gradients - last.activations
-    assert last.buffers == pytest.approx(2 * 4 * 64 * 256 + max(0.0, flat))
-    assert first.runtime == 7.0 + 4 * 100.0  # world, pipeline, data, first and last stage
+def test_what_the_runtime_holds() -> None:
+    """NCCL's buffers for the world, and for every axis that is not all of it."""
+    predictor = Predictor(config(), 8, GPU._replace(context_bytes=7.0, group_bytes=100.0))
+    for name, groups in (("tp2.sp.dp4.zero2.mb2 on 8", 3), ("cp8-ring on 8", 1), ("pp2-1f1b.dp4.mb1 on 8", 4)):
+        assert predictor.footprint.worst(parse(name)).runtime == 7.0 + groups * 100.0, name
 
 
 @pytest.mark.parametrize("speeds", [GPU, GPU._replace(memory_bytes=35e6), cpu(precision="bf16", memory_bytes=40e6)])

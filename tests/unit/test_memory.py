@@ -6,6 +6,7 @@ from math import prod
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from torch.distributed.pipelining.schedules import get_schedule_class
@@ -15,6 +16,7 @@ from disttrain.config.load import with_values
 from disttrain.config.schema import Config, ModelConfig, ParallelConfig
 from disttrain.mesh import build_mesh
 from disttrain.models import build_model
+from disttrain.moments import InFlight, Parameters, Sharing, moments
 from disttrain.overview import overview
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import Group
@@ -54,41 +56,94 @@ def test_the_whole_model_has_the_parameters_of_costs(family: str) -> None:
     assert sum(map(prod, memory.parameter_shapes(config, range(3)).values())) == costs.parameter_count(config).total
 
 
+NOTHING = costs.ActivationBytes(0.0, 0.0)
+
+
+def at_moments(stage: Parameters, zero: int, ranks: int, wide: int = 4, narrow: int = 4, several: bool = True) -> Any:
+    """Of a rank whose activations are nothing, as one of so many ranks."""
+    sharing = Sharing(zero, several, ranks > 1, False, 0.0)
+    return moments(stage, sharing, InFlight(1, 1, several), NOTHING, NOTHING, wide, narrow)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(("precision", "wide"), [("fp32", 4), ("fp64", 8)])
-def test_zero_follows_the_paper(ranks: int, precision: Any, wide: int) -> None:
-    """Sixteen bytes a parameter (K = 12 and a gradient) in the shares of Rajbhandari et al. 2020, figure 1."""
-    shapes = memory.parameter_shapes(model_of("gpt", vocab_size=64), range(3))
-    assert sum(1 for name in shapes if "_norm." in name) == 12
+@pytest.mark.parametrize("wide", [4, 8])
+def test_zero_follows_the_paper(ranks: int, wide: int) -> None:
+    """Sixteen bytes a parameter in fp32 (K = 12 and a gradient) in the shares of Rajbhandari et al. 2020, figure 1; DDP has
+    its buckets beside the gradients that are added up."""
+    model = model_of("gpt", vocab_size=64)
+    whole = memory.of_stage(model, 3, True, True, 1, 1)
+    stage = memory.of_stage(model, 3, True, True, 1, ranks)
+    shapes = memory.parameter_shapes(model, range(3))
     norms = sum(prod(shape) for name, shape in shapes.items() if "_norm." in name)  # not sharded
     p = sum(map(prod, shapes.values())) - norms
     blocks = sum(prod(shape) for name, shape in shapes.items() if name.startswith("blocks.")) - norms
-    held = p / ranks + norms
+    assert (stage.whole, stage.held) == (p + norms, p / ranks + norms)
     expected = {
-        0: (p + norms, 0, p + norms, 2 * (p + norms)),
-        1: (held, p, p + norms, 2 * held),
-        2: (held, p, held, 2 * held),
-        3: (held, p - blocks / 3, held, 2 * held),
+        0: (whole.whole * (2 if ranks > 1 else 1), 0),
+        1: (whole.whole, p),
+        2: (stage.held, p),
+        3: (stage.held, p - blocks / 3),
     }
-    for zero, elements in expected.items():
-        assert memory.zero_bytes(shapes, zero, ranks, precision) == pytest.approx(
-            [wide * e for e in elements], rel=1e-12
-        )
-    once = memory.zero_bytes(shapes, 1, ranks, precision, accumulates=False)
-    assert once == memory.zero_bytes(shapes, 2, ranks, precision)
+    for zero, (gradients, copies) in expected.items():
+        found = at_moments(stage if zero else whole, zero, ranks, wide, wide)
+        assert found["end"].gradients == wide * gradients
+        assert found["block"].copies == wide * copies
+    once = at_moments(stage, 1, ranks, several=False)  # scattered at once, as at stage 2
+    assert once["end"].gradients == 4 * stage.held and once["head"].gradients == 0
 
 
-def test_zero_in_low_precision_gathers_half_of_the_blocks() -> None:
-    shapes = {"embed.tokens.weight": (10, 3), "blocks.0.w": (4, 2), "blocks.1.w": (4, 2), "blocks.2.w": (4, 2)}
-    assert memory.zero_bytes(shapes, 0, 2, "bf16") == (4 * 54, 2 * 54, 4 * 54, 8 * 54)
-    assert memory.zero_bytes(shapes, 2, 2, "fp16") == (4 * 27, 6 * 30 + 2 * 24, 4 * 27, 8 * 27)
-    assert memory.zero_bytes(shapes, 3, 2, "bf16").compute_copy == 6 * 30 + 2 * 16
+STAGE = Parameters(
+    whole=62, held=31, block=8, blocks=4, longest=4, rest=30, head=20, embedding=20, tied=True, largest=5
+)
+
+
+def test_low_precision_has_copies() -> None:
+    """Autocast makes them of all that is multiplied; ZeRO gathers blocks in low precision, and the rest in the master
+    type."""
+    assert at_moments(STAGE, 0, 2, narrow=2)["head"].copies == 2 * (4 * 8 + 20)
+    assert at_moments(STAGE, 0, 2, narrow=2)["block"].copies == 2 * 4 * 8  # that of the head has gone
+    assert at_moments(STAGE, 2, 2, narrow=2)["head"].copies == 2 * 4 * 8 + 4 * 30 + 2 * 20
+    assert at_moments(STAGE, 3, 2, narrow=2)["block"].copies == 2 * 2 * 8 + 4 * 30
+
+
+def test_what_comes_and_goes() -> None:
+    """Under ZeRO-3 in bf16: the gathered block that comes next, gradients of the block, those that are scattered; the weight
+    that head and embedding share waits for its second gradient."""
+    found = at_moments(STAGE, 3, 2, narrow=2)
+    assert found["head"].buffers == 4 * 30  # what was outside blocks in the micro-batch before
+    assert found["block"].buffers == 4 * 20 + 2 * 8 * 2 + 4 * 30
+    assert found["embedding"].buffers == 4 * (3 * 20 + 30)
+    plain = at_moments(STAGE, 0, 1)
+    assert plain["block"].buffers == 4 * 20 + 4 * 5
+    assert plain["embedding"].buffers == 4 * 3 * 20
+
+
+def test_gradients_of_a_pipeline_are_summed_in_flat_copies() -> None:
+    flight = InFlight(chunks=3, heads=0, again=False)
+    found = moments(STAGE, Sharing(0, True, True, True, 10.0), flight, costs.ActivationBytes(7.0, 5.0), NOTHING, 4, 2)
+    assert found["sum"].total == 2 * 4 * 62
+    assert found["block"].activations == 3 * 4 * 7 + 5 and found["block"].gradients == 0
+    assert found["block"].buffers - found["end"].buffers == 0 and found["head"].buffers == 4 * 10.0
+    assert found["end"].activations == 2 * 4 * 7 + 7 + 5 and found["end"].gradients == 4 * 62
+    assert found["block"].copies == 2 * 3 * 4 * 8
+
+
+def test_many_layouts_at_once_are_each_by_itself() -> None:
+    zeros, several = np.array([[0, 1, 2, 3]]), np.array([[False], [True]])
+    together = at_moments(STAGE, zeros, 2, 4, 2, several)  # pyright: ignore[reportArgumentType]
+    for row, some in enumerate((False, True)):
+        for zero in range(4):
+            alone = at_moments(STAGE, zero, 2, 4, 2, some)
+            for name, moment in together.items():
+                assert np.broadcast_to(moment.total, (2, 4))[row, zero] == alone[name].total
 
 
 def test_rows_that_do_not_divide_are_rounded_up() -> None:
-    assert memory.zero_bytes({"embed.tokens.weight": (5, 3), "embed.norm": (1,)}, 3, 4, "fp32").weight == 4 * (
-        2 * 3 + 1
-    )
+    model = model_of("gpt", vocab_size=61)
+    rows = {n: s for n, s in memory.parameter_shapes(model, range(0)).items() if n.startswith("embed.tokens")}
+    assert rows == {"embed.tokens.weight": (61, 24)}
+    whole, cut = (memory.of_stage(model, 0, True, False, 1, shards) for shards in (1, 4))
+    assert whole.held == whole.whole == cut.whole == (61 + 16) * 24 and cut.held == (16 + 4) * 24
 
 
 def actions_of(schedule: str, size: int, virtual: int, micro_batches: int) -> dict[int, list]:
@@ -156,27 +211,38 @@ def predicted(world_size: int, **parallel: Any) -> list[memory.RankMemory]:
     return memory.predict(config, mesh, "fp32", 16 // mesh.data_ranks)
 
 
-def test_one_rank_is_as_before() -> None:
+def block_and_head(**parallel: Any) -> tuple[costs.ActivationBytes, costs.ActivationBytes]:
+    """Of one sequence of 128 tokens in fp32."""
+    model = model_of("gpt", layers=8, max_positions=128, vocab_size=64)
+    config = with_values(BASE, {"model": model})
+    return memory.activations_of(config, "fp32", "cuda", ParallelConfig(**parallel), 1, "none")[:2]
+
+
+def test_one_rank_holds_all_of_the_state_and_one_micro_batch() -> None:
+    """Sixteen micro-batches of one sequence: gradients are there when the last one begins its backward pass."""
     (one,) = predicted(1)
     model = model_of("gpt", layers=8, max_positions=128, vocab_size=64)
     assert one.state == tuple(costs.parameter_count(model).total * n for n in costs.state_bytes_per_parameter("fp32"))
-    assert one.activations == costs.activation_bytes(model, 128, 1, "fp32")
-    assert (one.layers, one.host) == ([range(8)], 0)
+    assert (one.layers, one.host, one.moment) == ([range(8)], 0, "head")
+    block, head = block_and_head()
+    assert one.activations == pytest.approx(8 * block.saved + head.saved + head.working)
+    assert one.total == one.state.total + one.activations + one.buffers
 
 
 def test_what_each_axis_divides() -> None:
-    (one,), (context,) = predicted(1), predicted(4, context=4)
-    assert context.state == one.state
-    assert context.activations == pytest.approx([n / 4 for n in one.activations])
-    (tensor,), (sequence,) = predicted(4, tensor=4), predicted(4, tensor=4, sequence=True)
-    h, tokens = 24, 128
-    logits = 2 * 4 * 64 * tokens  # held and their gradient
-    assert one.activations.total - tensor.activations.total == pytest.approx(
-        0.75 * (8 * tokens * ((4 * h + 2 * 64) * 4 + 4 * 4) + logits)
+    (one_block, one_head), (context, _), (tensor, head) = (
+        block_and_head(),
+        block_and_head(context=4),
+        block_and_head(tensor=4),
     )
-    assert tensor.activations.total - sequence.activations.total == pytest.approx(0.75 * 8 * tokens * 16 * h)
-    assert tensor.state == sequence.state
-    assert one.parameters / 4 < tensor.parameters < one.parameters / 3
+    (sequence, _), h, tokens = block_and_head(tensor=4, sequence=True), 24, 128
+    assert context.saved == pytest.approx(one_block.saved / 4)
+    assert one_block.saved - tensor.saved == pytest.approx(0.75 * tokens * ((4 * h + 2 * 64) * 4 + 4 * 4))
+    assert tensor.saved - sequence.saved == pytest.approx(0.75 * tokens * 16 * h)
+    assert one_head.saved - head.saved == pytest.approx(0.75 * 4 * 64 * tokens)
+    (one,), (cut,), (split,) = predicted(1), predicted(4, tensor=4), predicted(4, tensor=4, sequence=True)
+    assert one.parameters / 4 < cut.parameters < one.parameters / 3
+    assert cut.state == split.state and split.total < cut.total < one.total
 
 
 def test_a_pipeline_splits_the_layers_and_holds_what_is_in_flight() -> None:
@@ -184,10 +250,18 @@ def test_a_pipeline_splits_the_layers_and_holds_what_is_in_flight() -> None:
     tied = 64 * 24
     assert sum(rank.parameters for rank in ranks) == one.parameters + tied
     assert [part for rank in ranks for part in rank.layers] == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
-    blocks = [rank.activations.saved for rank in ranks[:3]]
-    assert blocks == pytest.approx([blocks[2] * n / 2 for n in (4, 3, 2)])
+    block, _ = block_and_head(pipeline=4)
+    assert [rank.moment for rank in ranks] == ["block", "block", "block", "head"]
+    for rank, chunks in zip(ranks[:3], (4, 3, 2), strict=True):
+        assert rank.activations == pytest.approx(chunks * 2 * block.saved + block.working)
+        handed_on = (chunks + 1) * 4 * 24 * 128  # and a gradient that comes or goes
+        assert rank.buffers == pytest.approx(handed_on + 4 * 24 * 3 * 24)  # the gradient of qkv
     gpipe = predicted(4, pipeline=4, schedule="gpipe")
-    assert gpipe[0].activations.saved == pytest.approx(4 * blocks[0])
+    assert gpipe[0].activations == pytest.approx(15 * 2 * block.saved + block.saved + block.working)
+    assert (gpipe[0].moment, gpipe[0].state.gradient) == (
+        "end",
+        ranks[0].state.gradient,
+    )  # 16 before there are gradients
     looped = predicted(4, pipeline=4, schedule="zbv")
     assert [part for part in looped[0].layers] == [range(0, 1), range(7, 8)]
     assert looped[0].parameters == looped[1].parameters + (64 + 128) * 24 + 2 * 24 + tied
@@ -202,7 +276,7 @@ def test_zero_shards_over_shard_and_context_and_offloads() -> None:
     (moved,), (stage1,) = predicted(2, zero=2, offload=True), predicted(2, zero=1, offload=True)
     assert moved.host == moved.state.total - moved.state.compute_copy
     assert stage1.host == stage1.state.weight + stage1.state.optimizer
-    assert moved.total == moved.state.compute_copy + moved.activations.total
+    assert moved.total == moved.state.compute_copy + moved.activations + moved.buffers
 
 
 def test_check_shows_the_layout(tmp_path: Any) -> None:
