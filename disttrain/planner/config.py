@@ -70,7 +70,7 @@ def speeds_for(
         guess = f"did you mean {near[0]}? There are" if near else "use one of"
         raise RefusedInput([
             Problem((f"--device {device}",), "it is not in the table of devices",
-                    f"{guess} {', '.join(DEVICES)}; or measured, or a file that `disttrain calibrate` wrote")
+                    f"{guess} {', '.join(DEVICES)}; or a JSON file of measured speeds")
         ])  # fmt: skip
     return speeds_of(device, precision, world, ranks_per_host or 8, between_gigabits)
 
@@ -80,7 +80,7 @@ def _measured(config: Config, device: str, ranks_per_host: int | None, between_g
     if config.precision not in ("auto", speeds.precision):
         raise RefusedInput([
             Problem((setting(config, "precision"), f"--device {device}"), f"{speeds.precision} was measured",
-                    f"use precision={speeds.precision}, or calibrate in {config.precision}")
+                    f"use precision={speeds.precision}, or measure in {config.precision}")
         ])  # fmt: skip
     if ranks_per_host:
         full = speeds.at_full_speed if not speeds.accelerator else ranks_per_host

@@ -1,4 +1,4 @@
-"""What a machine can do, as the planner asks: measured by `disttrain calibrate`, or from the table of devices (no torch).
+"""What a machine can do, as the planner asks: measured, or from the table of devices (no torch).
 
 `disttrain.planner.devices` makes one from the table, `disttrain.calibration` from measurements; `read` and `write` are the
 file between the two. Fields with a default may be left out by whoever measures.
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from disttrain.config.problems import Problem, RefusedInput
 
 MEASURED = Path("~/.cache/disttrain/speeds.json")
-"""Where `disttrain calibrate` leaves what it measured, and `disttrain plan --device measured` looks."""
+"""Where `disttrain plan --device measured` looks for what was measured on this machine."""
 
 
 class Link(NamedTuple):
@@ -56,7 +56,7 @@ class Speeds(NamedTuple):
 
     device: str
     source: str
-    """Where the numbers come from: a file that `disttrain calibrate` wrote, or a vendor's document."""
+    """Where the numbers come from: a file of measurements, or a vendor's document."""
     precision: str
     """Of the products: fp64, fp32, bf16 or fp16."""
     products: tuple[Product, ...]
@@ -107,7 +107,7 @@ def write(path: Path, speeds: Speeds) -> None:
 def read(path: Path) -> Speeds:
     """What `write` wrote. Raises RefusedInput for a file that is not there or holds something else."""
     path = path.expanduser()
-    fix = "run `disttrain calibrate`, or name a device or another file"
+    fix = "name a device of the table, or a JSON file of measured speeds"
     try:
         return _made(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
