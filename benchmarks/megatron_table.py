@@ -237,12 +237,15 @@ INTRODUCTION = """# Published runs, and what the planner predicts for them
 operators, overlap, dropout's masks) are taken from their papers and stand in the script.
 
 Nothing is fitted: there is no factor in the model that was chosen by these tables. They were looked at, though. A first
-version was 10 to 20 points too high; what it had left out, that a product's result is written when nothing is
+version was 2 to 20 points too high; what it had left out, that a product's result is written when nothing is
 multiplied, that collectives take processors from what is computed beside them, and dropout, was then put in as it is
 known from elsewhere. What is left is an optimist: it knows of no slow ranks, no falling clock, no time between operators.
 """
 
 WEAK = """
+The published figures of Narayanan et al. and Korthikanti et al. were written down from memory and not checked against the
+papers: check them before quoting a difference.
+
 ## Megatron-LM 2021: A100, 3D parallelism, everything recomputed
 
 Narayanan et al. 2021, table 1. The share of the peak counts what is recomputed, as theirs does. Micro-batch and

@@ -21,7 +21,8 @@ def plan(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks, one on each device.")] = 8,
     device: Annotated[
-        str, typer.Option(help="A device of the table (h100-sxm, ...), measured, or a file of `disttrain calibrate`.")
+        str,
+        typer.Option(help="A device of the table (a100-sxm-80gb, h200-sxm, ...), or a JSON file of measured speeds."),
     ] = "measured",
     gpus_per_host: Annotated[int | None, typer.Option(min=1, help="Ranks of a host; 8, or as measured.")] = None,
     between_gbps: Annotated[

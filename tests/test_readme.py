@@ -32,6 +32,7 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
+@pytest.mark.timeout(900)
 def test_every_command_of_the_readme(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     environment, ran = {**os.environ, "OMP_NUM_THREADS": "1"}, 0

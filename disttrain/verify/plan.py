@@ -12,8 +12,6 @@ from disttrain.verify.batches import GLOBAL_BATCH
 STEPS, OVERFLOW, SAVED = 3, 2, 1
 """Number of steps, the one that overflows, and the one after which a checkpoint is written."""
 
-AT_ONCE = 2
-"""Layouts that run beside each other: one computes while the ranks of the other wait for each other."""
 HUNG = "did not finish"
 """What the finding calls a layout whose ranks wait for ever."""
 
@@ -54,9 +52,9 @@ def config_hash(config: Config) -> str:
 
 
 def refuse_too_large(config: Config, free_bytes: int) -> None:
-    """Raises RefusedInput when the reference and 8 ranks' float64 states, of each layout at once, do not fit in memory."""
+    """Raises RefusedInput when the reference and 8 ranks' float64 states do not fit into memory."""
     parameters = costs.parameter_count(config.model).total
-    needed = parameters * 8 * (3 * STEPS + 4 + AT_ONCE * 8 * 6)
+    needed = parameters * 8 * (3 * STEPS + 4 + 8 * 6)
     if needed > free_bytes:
         gib = 2.0**30
         settings = (f"model.layers={config.model.layers}", f"model.hidden_size={config.model.hidden_size}")

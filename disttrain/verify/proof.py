@@ -1,12 +1,10 @@
-"""Layouts compared with one process: references, noise floors, and a few layouts at a time on forked ranks."""
+"""Layouts compared with one process: references, noise floors, and one layout at a time on forked ranks."""
 
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from disttrain.verify.batches import Batches
 from disttrain.verify.compare import Difference, first_of
 from disttrain.verify.findings import Finding, explain
 from disttrain.verify.layouts import Layout
-from disttrain.verify.plan import AT_ONCE, HUNG, OVERFLOW, config_hash
+from disttrain.verify.plan import HUNG, OVERFLOW, config_hash
 from disttrain.verify.ranks import Ranks, RanksFailed, run_ranks
 from disttrain.verify.records import Reference
 from disttrain.verify.tolerance import FLOOR_MICRO_BATCHES, Exactly, Key, Measuring, Noise, Tolerance
@@ -58,8 +56,9 @@ class Proof:
     """Seconds a layout may take; from the reference's time when not given."""
     _references: dict[str, tuple[Config, Reference, Tolerance]] = field(default_factory=dict)
     _folder: Path | None = None
-    _lanes: "list[_Lane]" = field(default_factory=list)
-    _free: "list[_Lane]" = field(default_factory=list)
+    _ranks: Ranks | None = None
+    """They know the reference `_known`."""
+    _known: Reference | None = None
 
     def __enter__(self) -> "Proof":
         """Make room for checkpoints."""
@@ -68,8 +67,8 @@ class Proof:
 
     def __exit__(self, *error: object) -> None:
         """Remove them, and the references whose checkpoints they hold."""
-        for lane in self._lanes:
-            lane.close()
+        if self._ranks is not None:
+            self._ranks.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._references.clear()
 
@@ -90,17 +89,8 @@ class Proof:
 
     def verify(self, layout: Layout, config: Config | None = None, until: tuple[str, int] | None = None) -> Verdict:
         """Run a layout and compare it, up to a phase and step if given."""
-        return self._begin(layout, config, until)()
-
-    def verdicts(self, layouts: Iterable[Layout]) -> Iterator[Verdict]:
-        """Verify one after another, in this order; the next ones are begun meanwhile."""
-        running: deque[Callable[[], Verdict]] = deque()
-        for layout in layouts:
-            running.append(self._begin(layout))
-            if len(running) == AT_ONCE:
-                yield running.popleft()()
-        while running:
-            yield running.popleft()()
+        config, reference, tolerance = self.reference(config)
+        return self._compare(config, reference, layout, tolerance, until)
 
     def explain(self, verdict: Verdict, command: str, bisect: bool = True) -> Finding:
         """Why a layout is not equal; runs smaller layouts to find out what it takes."""
@@ -125,107 +115,56 @@ class Proof:
         errors: dict[Key, float] = {}
         for size in FLOOR_MICRO_BATCHES:
             alone = Layout(micro_batch=size)
-            found = self._compare(config, reference, alone, Measuring(), None)().errors
+            found = self._run(config, reference, alone, Measuring(), None).errors
             errors |= {quantity: max(errors.get(quantity, 0.0), error) for quantity, error in found.items()}
         return config, reference, Noise.of(errors)
 
-    def _begin(
-        self, layout: Layout, config: Config | None = None, until: tuple[str, int] | None = None
-    ) -> Callable[[], Verdict]:
-        """Begin a layout; waits for what comes of it."""
-        config, reference, tolerance = self.reference(config)
-        started = time.monotonic()
-        comparison = self._compare(config, reference, layout, tolerance, self.plant, until)
-
-        def finish() -> Verdict:
-            try:
-                found = comparison()
-            except RanksFailed as error:
-                name = HUNG if error.hung else last_line(next(iter(error.raised.values()), str(error)))
-                failure = Difference("run", 0, name, math.inf, 0.0, math.nan, math.nan)
-                seconds = time.monotonic() - started
-                return Verdict(layout, False, {"run": failure}, [failure], seconds, str(error))
-            failures = first_of(found.failures)
-            return Verdict(layout, not failures, found.worst, failures, time.monotonic() - started)
-
-        return finish
-
     def _compare(
+        self, config: Config, reference: Reference, layout: Layout, tolerance: Tolerance, until: tuple[str, int] | None
+    ) -> Verdict:
+        started = time.monotonic()
+        try:
+            found = self._run(config, reference, layout, tolerance, self.plant, until)
+        except RanksFailed as error:
+            name = HUNG if error.hung else last_line(next(iter(error.raised.values()), str(error)))
+            failure = Difference("run", 0, name, math.inf, 0.0, math.nan, math.nan)
+            seconds = time.monotonic() - started
+            return Verdict(layout, False, {"run": failure}, [failure], seconds, str(error))
+        failures = first_of(found.failures)
+        return Verdict(layout, not failures, found.worst, failures, time.monotonic() - started)
+
+    def _run(
         self, config: Config, reference: Reference, layout: Layout, tolerance: Tolerance, plant: Plant | None,
         until: tuple[str, int] | None = None,
-    ) -> Callable[[], Comparison]:  # fmt: skip
+    ) -> Comparison:  # fmt: skip
+        folder = self.folder / "layout"
+        applied = layout.applied(config)
         cores = len(os.sched_getaffinity(0))
-        patience = self.timeout_s or 90 + 60 * reference.seconds * max(1.0, AT_ONCE * layout.world / cores)
+        patience = self.timeout_s or 90 + 60 * reference.seconds * max(1.0, layout.world / cores)
         patience += COMPILING_S if layout.compile else 0.0
-        lane = self._free.pop() if self._free else self._another_lane()
+        try:
+            if plant is None and layout.engine == "native" and not layout.compile:
+                ranks = self._knowing(reference)
+                return ranks.run(layout.world, applied, folder, tolerance, until, timeout_s=patience)[0]
+            return run_ranks(  # what may leave traces in a process has one of its own
+                compare, layout.world, applied, self.precision, self.batches, reference, folder, tolerance,
+                self.overflows, plant, until, timeout_s=patience,
+            )[0]  # fmt: skip
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
-        def fn(rank: int, config: Config, tolerance: Tolerance, until: tuple[str, int] | None) -> Comparison:
-            return compare(
-                rank,
-                config,
-                self.precision,
-                self.batches,
-                reference,
-                lane.folder,
-                tolerance,
-                self.overflows,
-                plant,
-                until,
-            )
-
-        leaves_traces = plant is not None or layout.engine != "native" or layout.compile
-        ranks = lane.passing(fn) if leaves_traces else lane.lasting(fn, reference)
-        ranks.begin(layout.world, layout.applied(config), tolerance, until, timeout_s=patience)
-
-        def finish() -> Comparison:
-            try:
-                return ranks.finish()[0]
-            finally:
-                lane.done()
-                self._free.append(lane)
-
-        return finish
-
-    def _another_lane(self) -> "_Lane":
-        lane = _Lane(self.folder / f"layout{len(self._lanes)}")
-        self._lanes.append(lane)
-        return lane
-
-
-class _Lane:
-    """Where one layout runs after another."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        """For the layout's checkpoints."""
-        self._lasting: Ranks | None = None
-        self._known: Reference | None = None
-        self._passing: Ranks | None = None
-
-    def lasting(self, fn: Callable[..., Comparison], reference: Reference) -> Ranks:
-        """Ranks that stay for the next layout, as long as it is compared with this reference."""
-        if self._lasting is None or self._known is not reference:
-            self.close()
-            self._lasting, self._known = Ranks(fn), reference
-        return self._lasting
-
-    def passing(self, fn: Callable[..., Comparison]) -> Ranks:
-        """Ranks for one layout, which may leave traces in a process."""
-        self._passing = Ranks(fn)
-        return self._passing
-
-    def done(self) -> None:
-        """A layout has ended."""
-        if self._passing is not None:
-            self._passing.close()
-            self._passing = None
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def close(self) -> None:
-        """End all ranks."""
-        self.done()
-        if self._lasting is not None:
-            self._lasting.close()
+    def _knowing(self, reference: Reference) -> Ranks:
+        """Ranks for one layout after another that is compared with this reference."""
+        if self._ranks is None or self._known is not reference:
+            if self._ranks is not None:
+                self._ranks.close()
+            kept = self.precision, self.batches, reference
+            self._known, self._ranks = reference, Ranks(
+                lambda rank, config, folder, tolerance, until: compare(
+                    rank, config, *kept, folder, tolerance, self.overflows, None, until
+                )
+            )  # fmt: skip
+        return self._ranks
 
 
 def clip_threshold(probe: Reference) -> float:

@@ -4,14 +4,12 @@ import faulthandler
 import gc
 import os
 import pickle
-import shutil
 import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -77,7 +75,6 @@ class Ranks:
     def __init__(self, fn: Callable[..., Any]):
         self._fn = fn
         self._workers: list[tuple[BaseProcess, Connection]] = []
-        self._world: _World | None = None
 
     def __enter__(self) -> "Ranks":
         return self
@@ -88,36 +85,20 @@ class Ranks:
     def run(self, world_size: int, *args: Any, timeout_s: float) -> list[Any]:
         """What each rank of a world gave, in order of rank. `args` are pickled. Raises RanksFailed as `run_ranks` does;
         the processes are other ones after that."""
-        self.begin(world_size, *args, timeout_s=timeout_s)
-        return self.finish()
-
-    def begin(self, world_size: int, *args: Any, timeout_s: float) -> None:
-        """The first half of `run`: send the ranks to work."""
         self._start(world_size)
-        folder = Path(tempfile.mkdtemp(prefix="disttrain-ranks-"))
-        self._world = _World(world_size, folder, time.monotonic() + timeout_s)
-        try:
-            for rank, (_, connection) in enumerate(self._workers[:world_size]):
-                connection.send((rank, world_size, folder, timeout_s, args))
-        except BaseException:
-            self.close()
-            raise
-
-    def finish(self) -> list[Any]:
-        """The second half: wait for them."""
-        world, self._world = self._world, None
-        assert world is not None, "nothing was begun"
-        workers = self._workers[: world.size]
-        try:
-            waiting = _wait(workers, world.folder, world.deadline)
-            outcomes = [_read(world.folder / f"rank{rank}") for rank in range(world.size)]
-            if waiting or any(outcome is None or outcome[0] for outcome in outcomes):
-                self.close()  # waits for exit codes
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            shutil.rmtree(world.folder, ignore_errors=True)
+        workers = self._workers[:world_size]
+        with tempfile.TemporaryDirectory(prefix="disttrain-ranks-") as name:
+            folder = Path(name)
+            try:
+                for rank, (_, connection) in enumerate(workers):
+                    connection.send((rank, world_size, folder, timeout_s, args))
+                waiting = _wait(workers, folder, timeout_s)
+                outcomes = [_read(folder / f"rank{rank}") for rank in range(world_size)]
+                if waiting or any(outcome is None or outcome[0] for outcome in outcomes):
+                    self.close()  # waits for exit codes
+            except BaseException:
+                self.close()
+                raise
         failed = sorted((o[0], rank, o[1]) for rank, o in enumerate(outcomes) if o is not None and o[0] > 0)
         died = {
             rank: workers[rank][0].exitcode or 0
@@ -125,7 +106,7 @@ class Ranks:
             if outcome is None and rank not in waiting
         }
         if failed or died or waiting:
-            raise RanksFailed(world.size, {rank: text for _, rank, text in failed}, died, waiting)
+            raise RanksFailed(world_size, {rank: text for _, rank, text in failed}, died, waiting)
         return [outcome[1] for outcome in outcomes if outcome is not None]
 
     def close(self) -> None:
@@ -136,9 +117,6 @@ class Ranks:
             process.join()
             connection.close()
         self._workers = []
-        if self._world is not None:
-            shutil.rmtree(self._world.folder, ignore_errors=True)
-            self._world = None
 
     def _start(self, world_size: int) -> None:
         context = get_context("fork")
@@ -150,20 +128,9 @@ class Ranks:
             self._workers.append((process, ours))
 
 
-@dataclass(frozen=True)
-class _World:
-    """Ranks at work."""
-
-    size: int
-    folder: Path
-    """Where they meet, and leave what they give."""
-    deadline: float
-    """By the monotonic clock."""
-
-
-def _wait(workers: Sequence[tuple[BaseProcess, Connection]], folder: Path, deadline: float) -> dict[int, str]:
+def _wait(workers: Sequence[tuple[BaseProcess, Connection]], folder: Path, timeout_s: float) -> dict[int, str]:
     """Wait for the ranks; of those that have not returned in time, where each was."""
-    failed = False
+    deadline, failed = time.monotonic() + timeout_s, False
     pending = dict(enumerate(workers))
     while pending and (patience := deadline - time.monotonic()) > 0:
         wait([end for process, connection in pending.values() for end in (connection, process.sentinel)], patience)

@@ -142,12 +142,12 @@ def _verdicts(proof: Proof, layouts: Sequence[Layout], command: str, now: Callab
     now("one process")
     proof.reference()
     failed = 0
-    now(layouts[0].name)
-    for number, verdict in enumerate(proof.verdicts(layouts), start=1):
+    for layout in layouts:
+        now(layout.name)
+        verdict = proof.verify(layout)
         if not verdict.equal:
             failed += 1
             if failed <= EXPLAINED:
-                now(f"{verdict.layout.name} differs: looking for the axis")
+                now(f"{layout.name} differs: looking for the axis")
             verdict = replace(verdict, finding=proof.explain(verdict, command, failed <= EXPLAINED))
-        now(layouts[min(number, len(layouts) - 1)].name)
         yield verdict

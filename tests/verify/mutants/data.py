@@ -57,10 +57,10 @@ def own_counts(self: NativeEngine, batch: dict[str, Tensor], parts: int) -> Any:
 
 def mean_of_micro_batches() -> None:
     def make(backward: Any) -> Any:
-        def changed(self: NativeEngine, batch: dict[str, Tensor], scaled: Any, last: bool) -> Tensor:
+        def changed(self: NativeEngine, batch: dict[str, Tensor], scaled: Any, *rest: Any) -> Tensor:
             parts = self.config.train.global_batch_size // len(batch["tokens"])
             size = self.config.train.micro_batch_size
-            return backward(self, batch, own_counts(self, batch, parts) if size else scaled, last)
+            return backward(self, batch, own_counts(self, batch, parts) if size else scaled, *rest)
 
         return changed
 
