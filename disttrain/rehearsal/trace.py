@@ -22,7 +22,7 @@ from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import make_groups
 from disttrain.parallel.meeting import count_groups_from_zero
 from disttrain.rehearsal.fakes import Recorder, shards_stay
-from disttrain.rehearsal.live import Ledger, counting, follow
+from disttrain.rehearsal.live import CUDA_BLOCK_BYTES, Ledger, counting, follow
 from disttrain.rehearsal.records import LiveBytes, Trace
 from disttrain.verify.batches import IGNORED, micro_batches, random_batch
 
@@ -65,15 +65,17 @@ def trace(config: Config, world_size: int, rank: int, count: bool = False) -> Tr
 
 
 def walk(
-    config: Config, mesh: Mesh, rank: int, ledger: Ledger | None, begin: Callable[[str, bool], None] | None = None
-) -> tuple[int, LiveBytes | None]:
+    config: Config, mesh: Mesh, rank: int, ledger: Ledger | None, begin: Callable[[str, bool], None] | None = None,
+    device_type: str = "cpu",
+) -> tuple[int, LiveBytes | None]:  # fmt: skip
     """Build the engine of a `rehearsed` config, take its steps and evaluate, under whatever process group there is: what the
     last step handed over, and the peak that the ledger has seen. `begin` hears of each phase, and whether it is more than a
     count."""
     begin = begin or (lambda phase, written: None)
     precision: Any = config.precision
-    groups = make_groups(mesh, rank, "cpu", Traffic())
-    engine: Any = engines.build(config, groups, torch.device("cpu"), precision)
+    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+    groups = make_groups(mesh, rank, device_type, Traffic())
+    engine: Any = engines.build(config, groups, device, precision)
     numbers, handed = steps(config), 0
     if ledger is not None:
         follow(ledger, engine)
@@ -96,11 +98,12 @@ def walk(
     return handed, None if ledger is None else ledger.peak((COUNTED, "evaluation"))
 
 
-def count_here(rank: int, config: Config) -> LiveBytes:
-    """The same peak of a real rank of the world that is up, with real tensors and messages."""
+def count_here(rank: int, config: Config, device_type: str = "cpu") -> LiveBytes:
+    """The same peak of a real rank of the world that is up, with real tensors and messages; on a GPU in the blocks of its
+    allocator."""
     mesh = build_mesh(config.parallel, dist.get_world_size())
-    with counting() as ledger:
-        _, live = walk(rehearsed(config, mesh), mesh, rank, ledger)
+    with counting(device_type, CUDA_BLOCK_BYTES if device_type == "cuda" else 1) as ledger:
+        _, live = walk(rehearsed(config, mesh), mesh, rank, ledger, device_type=device_type)
     assert live is not None
     return live
 
