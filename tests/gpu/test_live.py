@@ -1,0 +1,43 @@
+"""Counted bytes of live tensors at world size 1; on a GPU they are what its allocator has handed out."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.gpu.test_device import DEVICES
+
+COUNT = """
+import sys
+import torch
+import torch.distributed as dist
+from disttrain import memory
+from disttrain.config.load import with_values
+from disttrain.config.schema import Config
+from disttrain.mesh import build_mesh
+from disttrain.rehearsal.trace import count_here, rehearsed
+
+device = sys.argv[1]
+dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+shape = {"layers": 8, "hidden_size": 256, "heads": 4, "ffn_hidden_size": 1024, "max_positions": 256, "vocab_size": 2048,
+         "layer_norm_epsilon": 1e-5}
+config = Config.model_validate({"model": shape, "precision": "bf16", "train": {"steps": 4, "global_batch_size": 8}})
+config = with_values(config, {"parallel.zero": int(sys.argv[2]), "data.sequence_length": 256,
+                              "train.micro_batch_size": 2})
+live = count_here(0, config, device)
+mesh = build_mesh(config.parallel, 1)
+(predicted,) = memory.predict(rehearsed(config, mesh), mesh, "bf16", 4, device)
+print(live, predicted)
+assert abs(predicted.total / live.total - 1) < (0.05 if device == "cpu" else 0.1), (live, predicted)
+if device == "cuda":
+    most = torch.cuda.max_memory_allocated()
+    assert 0.95 * most < live.total <= 1.001 * most, (live, most)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("zero", ["0", "2"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_count_is_the_allocators(device: str, zero: str) -> None:
+    subprocess.run([sys.executable, "-c", COUNT, device, zero], check=True, timeout=200, env={**os.environ})
