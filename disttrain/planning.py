@@ -19,7 +19,8 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Ranks, one on each device.")] = 8,
+    *,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks, one on each device.")],
     device: Annotated[
         str,
         typer.Option(help="A device of the table (a100-sxm-80gb, h200-sxm, ...), or a JSON file of measured speeds."),

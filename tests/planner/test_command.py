@@ -63,13 +63,21 @@ def test_json_holds_what_the_tables_show(tmp_path: Path) -> None:
 
 def test_unknown_devices_are_refused_with_the_names_that_there_are(tmp_path: Path) -> None:
     done = disttrain(
-        tmp_path, "plan", str(ROOT / "configs/gpt_tiny.yaml"), "--device", "h100-smx", "--out", "best.yaml"
+        tmp_path,
+        "plan",
+        str(ROOT / "configs/gpt_tiny.yaml"),
+        "--gpus",
+        "2",
+        "--device",
+        "h100-smx",
+        "--out",
+        "best.yaml",
     )
     assert done.returncode == 2
     words = " ".join(done.stderr.split())
     assert "did you mean h100-sxm?" in words and all(name in words for name in DEVICES)
     assert not (tmp_path / "best.yaml").exists()
-    done = disttrain(tmp_path, "plan", str(ROOT / "configs/gpt_tiny.yaml"))
+    done = disttrain(tmp_path, "plan", str(ROOT / "configs/gpt_tiny.yaml"), "--gpus", "2")
     assert done.returncode == 2 and "JSON file of measured speeds" in done.stderr
 
 
