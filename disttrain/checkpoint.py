@@ -82,7 +82,9 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def read(path: Path) -> "dict[str, Tensor]":
     """Every tensor of a checkpoint, whole, by name, as this process alone reads the files; NaN where they hold nothing."""
-    return {name: checkpoint_contents.tensor(entry) for name, entry in checkpoint_contents.entries(path).items()}
+    with checkpoint_contents.Reader() as reader:
+        found = checkpoint_contents.entries(path).items()
+        return {name: checkpoint_contents.tensor(entry, reader) for name, entry in found}
 
 
 def newest_good(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:

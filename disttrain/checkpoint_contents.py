@@ -165,13 +165,15 @@ class Reader:
             raise ValueError(f"{entry.name} is not complete in it")
 
 
-def tensor(entry: Entry) -> "Tensor":
-    """The whole tensor; NaN, or 0 of integers, where no file holds anything."""
-    with Reader() as reader:
-        first = reader.tensor(entry.parts[0], entry.name)
-        if first.shape == entry.shape:
-            return first
-        whole = first.new_full(entry.shape, math.nan if first.is_floating_point() else 0)
-        with suppress(ValueError):
-            reader.fill(whole, (0,) * whole.ndim, entry)
+def tensor(entry: Entry, reader: Reader | None = None) -> "Tensor":
+    """The whole tensor; NaN, or 0 of integers, where no file holds anything. A `reader` keeps files open for the next."""
+    if reader is None:
+        with Reader() as reader:
+            return tensor(entry, reader)
+    first = reader.tensor(entry.parts[0], entry.name)
+    if first.shape == entry.shape:
+        return first
+    whole = first.new_full(entry.shape, math.nan if first.is_floating_point() else 0)
+    with suppress(ValueError):
+        reader.fill(whole, (0,) * whole.ndim, entry)
     return whole

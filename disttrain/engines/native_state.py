@@ -73,16 +73,16 @@ class NativeState:
 
     def to_fill(self, saved: Saved) -> State:
         """Room for what `tensors` gives, and for what only the checkpoint has."""
-        state = self.tensors()
+        state, there = self.tensors(), saved()
         mesh = sharding.state_mesh(self.groups, self.device_type)
         if self.outer is not None:
-            state["outer"] = self.outer.to_fill(saved(), mesh)
+            state["outer"] = self.outer.to_fill(there, mesh)
         if isinstance(self.optimizer, OneBitAdamW | OneBitLamb):
-            compression_state.add_frozen(state["optimizer"], saved(), self.parameters, self.optimizer.MORE, mesh)
-        changes = any(name.startswith("outer.") for name in saved())  # what was coded, and not gradients
+            compression_state.add_frozen(state["optimizer"], there, self.parameters, self.optimizer.MORE, mesh)
+        changes = any(name.startswith("outer.") for name in there)  # what was coded, and not gradients
         if changes == (self.outer is not None):
             state["compression"] = compression_state.to_fill(
-                saved(), self.parameters, self.compressor, self.link, self.tied, self.groups, mesh
+                there, self.parameters, self.compressor, self.link, self.tied, self.groups, mesh
             )
         else:
             state.pop("compression", None)

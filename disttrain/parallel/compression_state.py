@@ -4,7 +4,7 @@ A residual is saved for each rank of a link, as a part of the whole parameter. O
 over those of ranks r, r + R, r + 2 R, ... of whoever saved them: all of theirs when there were as many.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,12 +39,12 @@ def to_fill(
 ) -> State:  # fmt: skip
     """Tensors for what this rank of a link takes from a checkpoint, to be filled."""
     state: State = {}
-    gone = _gone(tied, groups)
+    gone, residuals = _gone(tied, groups), _residuals_of(saved)
     for p in parameters:
         shard = p.shard.in_link(groups)
         empty = torch.zeros(shard.local_shape, dtype=p.master.dtype, device=p.master.device)
         if empty.numel():
-            for key in _terms(saved, p.shard, link, gone):
+            for key in _terms(residuals, p.shard, link, gone):
                 state[key] = as_whole(shard, empty.clone(), mesh)
         key = _factor(shard)
         if compressor is not None and compressor.low_rank is not None and empty.ndim > 1:
@@ -100,9 +100,9 @@ def _residuals(
 ) -> State:
     """By parameter, what this rank of the link takes over."""
     found: State = {}
-    saved, gone = {_PREFIX + key: value.shape for key, value in state.items()}, _gone(tied, groups)
+    gone, residuals = _gone(tied, groups), _residuals_of(_PREFIX + key for key in state)
     for p in parameters:
-        for key in _terms(saved, p.shard, link, gone):
+        for key in _terms(residuals, p.shard, link, gone):
             term, name = local(state[key]), p.shard.name
             found[name] = found[name] + term if name in found else term
     return found
@@ -129,19 +129,21 @@ def _gone(tied: Mapping[str, str], groups: Groups) -> Mapping[str, str]:
     return tied if groups.pipeline.size == 1 else {}
 
 
-def _terms(saved: Saved, shard: Shard, link: Group, gone: Mapping[str, str]) -> Iterator[str]:
+def _residuals_of(saved: Iterable[str]) -> list[tuple[int, str]]:
+    """Rank and parameter of every residual among the names of a checkpoint, in the order of their names."""
+    start = _PREFIX + "residual."
+    parts = (name.removeprefix(start).partition(".") for name in sorted(saved) if name.startswith(start))
+    return [(int(rank), parameter) for rank, _, parameter in parts if rank.isdecimal()]
+
+
+def _terms(residuals: list[tuple[int, str]], shard: Shard, link: Group, gone: Mapping[str, str]) -> Iterator[str]:
     """Names of the residuals that belong to a parameter of this rank, those of tied copies that are gone too."""
+    if not residuals:
+        return
     names = {shard.name, *(copy for copy, source in gone.items() if source == shard.name)}
-    for name in sorted(saved):
-        kind, _, rest = name.removeprefix(_PREFIX).partition(".")
-        rank, _, parameter = rest.partition(".")
-        if (
-            name.startswith(_PREFIX)
-            and kind == "residual"
-            and parameter in names
-            and int(rank) % link.size == link.rank
-        ):
-            yield name.removeprefix(_PREFIX)
+    for rank, parameter in residuals:
+        if parameter in names and rank % link.size == link.rank:
+            yield f"residual.{rank}.{parameter}"
 
 
 def _factor(shard: Shard) -> str:
