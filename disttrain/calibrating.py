@@ -1,6 +1,7 @@
 """`disttrain calibrate`: what this machine can do, measured for the planner."""
 
 import os
+import sys
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -78,13 +79,17 @@ def _as_a_rank(out: Path | None, precision: str, interruption: "Interruption | N
     from disttrain.launch.mpi import locate
     from disttrain.planner import speeds
 
-    info, console = locate(os.environ), Console()
+    info, console = locate(os.environ), Console(width=None if sys.stdout.isatty() else 160)
     found = machine.measure(
         info, precision, lambda text: console.print(f"measuring {text}", style="dim", highlight=False)
     )
     if info.rank == 0:
         path = out or speeds.MEASURED
-        speeds.write(path, found.speeds, report.details(found))
         console.print(report.shown(found))
+        try:
+            speeds.write(path, found.speeds, report.details(found))
+        except OSError as error:
+            typer.echo(f"disttrain: {path} could not be written: {error.strerror}", err=True)
+            return 1
         console.print(f"written: {path}", highlight=False)
     return 0

@@ -57,13 +57,14 @@ def shown(found: "Measurements") -> Group:
     )
     head.add_row("an operator's call", f"{speeds.operator_seconds * 1e6:.1f} us (spread {found.operator.spread:.0%})")
     notes = [Text(f"note: {note}") for note in speeds.notes]
-    parts = [head, "", _products(speeds.products), "", _passes(found), "", _collectives(found), *notes]
+    products = Text("products (m x k) (k x n), GFLOP/s", style="italic")  # longer than its table is wide
+    parts = [head, "", products, _products(speeds.products), "", _passes(found), "", _collectives(found), *notes]
     return Group(*parts, Text(f"measured in {found.seconds:.0f} s, with {len(speeds.products)} sizes of products"))
 
 
 def _products(points: Sequence[Product]) -> Table:
     """GFLOP/s: rows m, columns n, for some k."""
-    table = Table(title="products (m x k) (k x n), GFLOP/s", title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     kept = sorted((p for p in points if p.k in SHOWN_K), key=lambda p: (p.k, p.m, p.n))
     columns = sorted({p.n for p in kept})
     for name in ("k", "m", *(f"n = {n}" for n in columns)):
@@ -86,7 +87,7 @@ def _passes(found: "Measurements") -> Table:
 def _collectives(found: "Measurements") -> Table:
     table = Table(title="collectives", title_justify="left", box=None, pad_edge=False)
     for name in ("between", "collective", "ranks", "latency, us", "GB/s", "longest message", "spread"):
-        table.add_column(name, justify="left" if name in ("between", "collective") else "right")
+        table.add_column(name, justify="left" if name in ("between", "collective") else "right", no_wrap=True)
     for where, measured, link in (("ranks of a host", found.inside, found.speeds.inside),
                                   ("hosts", found.between, found.speeds.between)):  # fmt: skip
         for m in measured:

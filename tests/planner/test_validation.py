@@ -77,11 +77,11 @@ def test_the_tables_say_how_wrong_it_is(tmp_path: Path) -> None:
                   "100% of the pairs"):  # fmt: skip
         assert words in shown.get()
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{validated.BEGIN}\nold\n{validated.END}\nafter\n")
+    page.write_text(f"before\n{validated.BEGIN}\nyesterday\n{validated.END}\nafter\n")
     for _ in range(2):
         validated.write(page, validated.markdown(found, config(precision="fp32"), 4, cpu()))
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
     assert text.count("| layout |") == 1 and f"| {good[1].predicted.layout.name} |" in text
     alone = tmp_path / "alone.md"
     validated.write(alone, "table")
@@ -116,6 +116,6 @@ def test_only_what_this_machine_can_train_is_validated(tmp_path: Path) -> None:
     assert "use --device measured" in refused(given, "h100-sxm", GPU, 4)
     assert "calibrate --nproc 16" in refused(given, "measured", cpu(), 16)
     planning.refuse_validation(given, "measured", cpu(), 8)
-    done = warm.run(["plan", str(ROOT / "configs/gpt_tiny.yaml"), "--table", "t.md", "--device", "h100-sxm"], tmp_path,
-                    {**os.environ}, timeout_s=60)  # fmt: skip
+    words = ["plan", str(ROOT / "configs/gpt_tiny.yaml"), "--gpus", "2", "--table", "t.md", "--device", "h100-sxm"]
+    done = warm.run(words, tmp_path, {**os.environ}, timeout_s=60)
     assert done.returncode == 2 and "--validate only" in " ".join(done.stderr.split())
