@@ -115,7 +115,7 @@ def moments(
         ),
         "block": Moment(
             before,
-            _copies(p, zero, flight.chunks, others, 2, wide, narrow),
+            _copies(p, zero, flight.chunks, others, 1, wide, narrow),
             flight.chunks * chunk + others * head.saved + block.working * (p.blocks > 0),
             passing + wide * p.head * p.tied + _in_a_block(p, zero, scatters, sharing.accumulates, wide, narrow),
         ),

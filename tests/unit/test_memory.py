@@ -82,7 +82,7 @@ def test_zero_follows_the_paper(ranks: int, wide: int) -> None:
         0: (whole.whole * (2 if ranks > 1 else 1), 0),
         1: (whole.whole, p),
         2: (stage.held, p),
-        3: (stage.held, p - blocks / 3),
+        3: (stage.held, p - 2 * blocks / 3),
     }
     for zero, (gradients, copies) in expected.items():
         found = at_moments(stage if zero else whole, zero, ranks, wide, wide)
@@ -103,7 +103,7 @@ def test_low_precision_has_copies() -> None:
     assert at_moments(STAGE, 0, 2, narrow=2)["head"].copies == 2 * (4 * 8 + 20)
     assert at_moments(STAGE, 0, 2, narrow=2)["block"].copies == 2 * 4 * 8  # that of the head has gone
     assert at_moments(STAGE, 2, 2, narrow=2)["head"].copies == 2 * 4 * 8 + 4 * 30 + 2 * 20
-    assert at_moments(STAGE, 3, 2, narrow=2)["block"].copies == 2 * 2 * 8 + 4 * 30
+    assert at_moments(STAGE, 3, 2, narrow=2)["block"].copies == 2 * 8 + 4 * 30
 
 
 def test_what_comes_and_goes() -> None:
