@@ -137,8 +137,8 @@ def read(path: Path, precision: str | None = None) -> Speeds:
 def _entries(path: Path) -> dict[str, Any]:
     """By precision, in the order in which they were written. Raises TypeError for other JSON."""
     entries = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(entries, dict) or not entries:
-        raise TypeError("it is not an object by precision")
+    if not isinstance(entries, dict) or not entries or not all("speeds" in one for one in entries.values()):
+        raise TypeError("it has no speeds by precision")
     return entries
 
 

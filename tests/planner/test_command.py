@@ -129,9 +129,10 @@ def test_measured_speeds_are_read_back(tmp_path: Path) -> None:
     settings = config(precision="fp32")
     more = planning.speeds_for(settings, str(path), 16, 4, 8.0)
     assert (more.ranks_per_host, more.at_full_speed, more.between.bytes_per_second) == (4, 2, 1e9)
-    assert "fp32 was measured" in refused({}, str(path))
+    assert "it holds speeds in bf16, fp32 only" in refused({"precision": "fp16"}, str(path))
     values = machine._asdict()
-    wrong = [{**values, "memory_bytes": 0}, {**values, "products": []}, {**values, "more": 1}]
+    unlike = [{**values, "memory_bytes": 0}, {**values, "products": []}, {**values, "more": 1}]
+    wrong = [values, *({"fp32": {"speeds": one}} for one in unlike)]
     for damage in ("{", "[]", "{}", *map(json.dumps, wrong)):
         path.write_text(damage)
         assert "it does not hold measured speeds" in refused({"precision": "fp32"}, str(path))

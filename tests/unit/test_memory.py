@@ -257,11 +257,9 @@ def test_a_pipeline_splits_the_layers_and_holds_what_is_in_flight() -> None:
         handed_on = (chunks + 1) * 4 * 24 * 128  # and a gradient that comes or goes
         assert rank.buffers == pytest.approx(handed_on + 4 * 24 * 3 * 24)  # the gradient of qkv
     gpipe = predicted(4, pipeline=4, schedule="gpipe")
-    assert gpipe[0].activations == pytest.approx(15 * 2 * block.saved + block.saved + block.working)
-    assert (gpipe[0].moment, gpipe[0].state.gradient) == (
-        "end",
-        ranks[0].state.gradient,
-    )  # 16 before there are gradients
+    assert gpipe[0].activations == pytest.approx(16 * 2 * block.saved + block.working)
+    assert (gpipe[0].moment, gpipe[0].state.gradient) == ("block", 0)  # all 16 are there before the first gradient
+    assert ranks[0].state.gradient == ranks[0].state.weight
     looped = predicted(4, pipeline=4, schedule="zbv")
     assert [part for part in looped[0].layers] == [range(0, 1), range(7, 8)]
     assert looped[0].parameters == looped[1].parameters + (64 + 128) * 24 + 2 * 24 + tied
