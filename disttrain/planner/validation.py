@@ -105,7 +105,7 @@ def drawn(
     unlike = list({(one.step_seconds, one.memory.total): one for one in reversed(legal)}.values())[::-1]
     quarter, generator = max(1, len(unlike) // 4), random.Random(seed)
     near, far = unlike[1:quarter], unlike[quarter:]
-    half = min(len(near), (count - 1 + 1) // 2)
+    half = min(len(near), count // 2)
     chosen = generator.sample(near, half) + generator.sample(far, min(len(far), count - 1 - half))
     return [unlike[0], *chosen], len(legal)
 
