@@ -111,7 +111,7 @@ def _together(info: RankInfo, device: torch.device, dtype: torch.dtype) -> list[
         world.wait_for_all()
         own = timed(lambda: a @ b, device, TOGETHER_ROUNDS).seconds if info.local_rank < count else 0.0
         slowest = max(gather_objects(own))
-        seconds[count] = min(slowest, seconds.get(count, slowest))
+        seconds[count] = min(slowest, seconds.get(count, math.inf))
     return [(count, seconds[1] / seconds[count]) for count in counts]
 
 
