@@ -20,14 +20,15 @@ from disttrain.rehearsal.trace import count_here, rehearsed
 
 device = sys.argv[1]
 dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-shape = {"layers": 8, "hidden_size": 256, "heads": 4, "ffn_hidden_size": 1024, "max_positions": 256, "vocab_size": 2048,
+shape = {"layers": 4, "hidden_size": 256, "heads": 4, "ffn_hidden_size": 1024, "max_positions": 128, "vocab_size": 2048,
          "layer_norm_epsilon": 1e-5}
-config = Config.model_validate({"model": shape, "precision": "bf16", "train": {"steps": 4, "global_batch_size": 8}})
-config = with_values(config, {"parallel.zero": int(sys.argv[2]), "data.sequence_length": 256,
-                              "train.micro_batch_size": 2})
+precision = "bf16" if device == "cuda" else "fp32"  # which some CPUs multiply much faster
+config = Config.model_validate({"model": shape, "precision": precision, "train": {"steps": 4, "global_batch_size": 4}})
+config = with_values(config, {"parallel.zero": int(sys.argv[2]), "data.sequence_length": 128,
+                              "train.micro_batch_size": 1})
 live = count_here(0, config, device)
 mesh = build_mesh(config.parallel, 1)
-(predicted,) = memory.predict(rehearsed(config, mesh), mesh, "bf16", 4, device)
+(predicted,) = memory.predict(rehearsed(config, mesh), mesh, precision, 4, device)
 print(live, predicted)
 assert abs(predicted.total / live.total - 1) < (0.05 if device == "cpu" else 0.1), (live, predicted)
 if device == "cuda":
@@ -37,7 +38,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("zero", ["0", "2"])
+@pytest.mark.parametrize("zero", ["2"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_count_is_the_allocators(device: str, zero: str) -> None:
     subprocess.run([sys.executable, "-c", COUNT, device, zero], check=True, timeout=200, env={**os.environ})
