@@ -118,8 +118,8 @@ def test_two_ranks_measure_and_a_plan_follows(tmp_path: Path) -> None:
         words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    for said in ("measuring links", "products (m x k) (k x n), GFLOP/s", "gelu backward", "all_reduce", "reduce_scatter", "send",
-                 "all together", "no second host was there", "written: here/speeds.json"):  # fmt: skip
+    for said in ("measuring links", "products (m x k) (k x n), GFLOP/s", "gelu backward", "all_reduce", "reduce_scatter",
+                 "send", "all together", "no second host was there", "written: here/speeds.json"):  # fmt: skip
         assert said in done.stdout, done.stdout
     found = speeds.read(tmp_path / "here/speeds.json")
     assert (found.precision, found.ranks_per_host, found.accelerator, found.unit) == ("fp32", 2, False, None)
