@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/disttrain demo configs/gpt_tiny.yaml --nproc 2
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 3 --dist worksteal $(addprefix --ignore=,$(REAL)) $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal $(addprefix --ignore=,$(REAL)) $(TEST_ARGS)
 
 test-real: $(READY)
 	tests/install.sh
