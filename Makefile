@@ -1,5 +1,4 @@
-# make demo: train a small GPT on real text and show what it learned.   make test: the tests that need Python alone
-# (DISTTRAIN_TEST_ALL=1 make test takes every planted fault apart, and not only every third).
+# make demo: train a small GPT on real text and show what it learned.   make test: the tests that need Python alone.
 # make test-real: the tests under real launchers, Slurm, DeepSpeed and Horovod, which it installs (Debian or Ubuntu, root).
 # TORCH_ARGS: further words for installing torch, for example --index-url and the address of torch's CPU builds.
 PYTHON ?= python3

@@ -1,7 +1,6 @@
 """`disttrain calibrate`: what this machine can do, measured for the planner."""
 
 import os
-import sys
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -73,13 +72,12 @@ def _ranks_of_this_host() -> int:
 
 def _as_a_rank(out: Path | None, precision: str, interruption: "Interruption | None" = None) -> int:
     """Measure; the first rank writes and shows it."""
-    from rich.console import Console
-
     from disttrain.calibration import machine, report
     from disttrain.launch.mpi import locate
+    from disttrain.loggers.console import for_tables
     from disttrain.planner import speeds
 
-    info, console = locate(os.environ), Console(width=None if sys.stdout.isatty() else 160)
+    info, console = locate(os.environ), for_tables()
     found = machine.measure(
         info, precision, lambda text: console.print(f"measuring {text}", style="dim", highlight=False)
     )

@@ -1,7 +1,6 @@
 """`disttrain plan`: which layout is fastest on so many devices, does it fit, and where its time and memory go. No torch."""
 
 import json as json_text
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,9 @@ if TYPE_CHECKING:
     from disttrain.planner.search import Plan
     from disttrain.planner.speeds import Speeds
 
+SAMPLE = 8
+"""Layouts that a validation trains."""
+
 
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")],
@@ -23,7 +25,7 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Ranks, one on each device.")],
     device: Annotated[
         str,
-        typer.Option(help="A device of the table (a100-sxm-80gb, h200-sxm, ...), or a JSON file of measured speeds."),
+        typer.Option(help="A device of the table (h200-sxm, ...), measured, or a JSON file of `disttrain calibrate`."),
     ] = "measured",
     gpus_per_host: Annotated[int | None, typer.Option(min=1, help="Ranks of a host; 8, or as measured.")] = None,
     between_gbps: Annotated[
@@ -40,7 +42,7 @@ def plan(
     validate: Annotated[
         bool, typer.Option("--validate", help="Train a sample of layouts on this machine, and show how wrong that was.")
     ] = False,
-    sample: Annotated[int, typer.Option(min=1, help="Layouts to train.")] = 8,
+    sample: Annotated[int | None, typer.Option(min=1, help="Layouts to train; 8 if not given.")] = None,
     table: Annotated[
         Path | None, typer.Option(help="Markdown file of the validation, or page with a place for it.")
     ] = None,
@@ -50,8 +52,9 @@ def plan(
     from disttrain.planner import config as planning
     from disttrain.planner.search import search
 
-    if table is not None and not validate:
-        raise typer.BadParameter("there is a table with --validate only", param_hint="--table")
+    for name, value in (("--table", table), ("--sample", sample)):
+        if value is not None and not validate:
+            raise typer.BadParameter("it goes with --validate only", param_hint=name)
     if json and validate:
         raise typer.BadParameter("a validation is a table: --json or --validate", param_hint="--json")
     given = load(config, overrides or [])
@@ -68,23 +71,21 @@ def plan(
         out.write_text(planning.planned(given, found.best[0].layout), encoding="utf-8")
         typer.echo(f"written: {out}, {found.best[0].layout.name}", err=json)
     if validate:
-        raise typer.Exit(_validate(given, settings, gpus, speeds, limit, sample, table))
+        raise typer.Exit(_validate(given, settings, gpus, speeds, limit, sample or SAMPLE, table))
 
 
 def _show(
     found: "Plan", settings: "Config", world: int, speeds: "Speeds", limit: float, top: int, as_json: bool
 ) -> None:
     """Print the plan. Ends with exit code 1, and what would help, where nothing fits."""
-    from rich.console import Console
-
+    from disttrain.loggers.console import for_tables
     from disttrain.planner import config as planning
     from disttrain.planner import report
 
     if as_json:
         typer.echo(json_text.dumps(report.as_values(found, settings, world, speeds, limit, top), indent=2))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(report.shown(found, settings, world, speeds, limit, top), highlight=False)
+        for_tables().print(report.shown(found, settings, world, speeds, limit, top), highlight=False)
     if not found.best:
         enough = planning.enough_ranks(settings, world, speeds, limit)
         for line in report.nothing_fits(found, limit, enough, world):
@@ -96,12 +97,11 @@ def _validate(
     given: "Config", settings: "Config", world: int, speeds: "Speeds", limit: float, sample: int, table: Path | None
 ) -> int:
     """Train the sample, show and write the table; 1 where a layout could not be trained."""
-    from rich.console import Console
-
+    from disttrain.loggers.console import for_tables
     from disttrain.planner import validated
     from disttrain.planner.validation import validate
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = for_tables()
     with tempfile.TemporaryDirectory(prefix="disttrain-validation-") as folder:
         found = validate(
             given, settings, world, speeds, limit, sample, given.run.seed, Path(folder),

@@ -18,8 +18,15 @@ from disttrain.loggers.progress import Progress, farewell, held_out_text, title
 PLAIN_SECONDS = 2.0
 """Least time between two plain step lines."""
 REFRESHES_PER_SECOND = 2
+TABLE_COLUMNS = 160
+"""Width of wide tables where there is no terminal."""
 _SHOWN_ELSEWHERE = {"sink_failed"}
 """Events that the composite itself says on stderr."""
+
+
+def for_tables() -> Console:
+    """Where wide tables are shown: as wide as the terminal; a file has room for all columns."""
+    return Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
 
 
 def open_console(config: Config) -> "LiveConsole | PlainConsole | None":

@@ -85,7 +85,7 @@ def speeds_for(
         guess = f"did you mean {near[0]}? There are" if near else "use one of"
         raise RefusedInput([
             Problem((f"--device {device}",), "it is not in the table of devices",
-                    f"{guess} {', '.join(DEVICES)}; or a JSON file of measured speeds")
+                    f"{guess} {', '.join(DEVICES)}; or measured, or a JSON file of `disttrain calibrate`")
         ])  # fmt: skip
     return speeds_of(device, precision, world, ranks_per_host or 8, between_gigabits)
 

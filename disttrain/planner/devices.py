@@ -84,7 +84,7 @@ def speeds_of(
     short = next((key for key, row in DEVICES.items() if row is device), None)
     if device is None or short is None:
         problem = "it is not in the table of devices"
-        fix = f"use a JSON file of measured speeds, or one of {', '.join(DEVICES)}"
+        fix = f"use measured, a JSON file of `disttrain calibrate`, or one of {', '.join(DEVICES)}"
         raise RefusedInput([Problem((f"--device {name}",), problem, fix)])
     if precision not in device.peak:
         known = ", ".join(p for p in device.peak if p in ("fp32", "bf16", "fp16"))

@@ -1,4 +1,4 @@
-"""What a machine can do, as the planner asks: measured, or from the table of devices (no torch).
+"""What a machine can do, as the planner asks: measured by `disttrain calibrate`, or from the table of devices (no torch).
 
 `disttrain.planner.devices` makes one from the table, `disttrain.calibration` from measurements; `read` and `write` are the
 file between the two. Fields with a default may be left out by whoever measures.
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from disttrain.config.problems import Problem, RefusedInput
 
 MEASURED = Path("~/.cache/disttrain/speeds.json")
-"""Where `disttrain plan --device measured` looks for what was measured on this machine."""
+"""Where `disttrain calibrate` leaves what it measured, and `disttrain plan --device measured` looks."""
 
 
 class Link(NamedTuple):
@@ -57,7 +57,7 @@ class Speeds(NamedTuple):
 
     device: str
     source: str
-    """Where the numbers come from: a file of measurements, or a vendor's document."""
+    """Where the numbers come from: a measurement by `disttrain calibrate`, or a vendor's document."""
     precision: str
     """Of the products: fp64, fp32, bf16 or fp16."""
     products: tuple[Product, ...]
@@ -116,7 +116,7 @@ def read(path: Path, precision: str | None = None) -> Speeds:
     """What `write` wrote, last of all if no precision is named. Raises RefusedInput for a file that is not there, holds
     something else, or nothing in that precision."""
     path = path.expanduser()
-    fix = "name a device of the table, or a JSON file of measured speeds"
+    fix = "run `disttrain calibrate`, or name a device of the table or another file"
     try:
         entries = _entries(path)
         chosen = precision or list(entries)[-1]

@@ -47,7 +47,7 @@ def held(traces: Sequence[Trace], config: Config) -> Table:
     """The counted peak of one rank of each pipeline rank, by what the bytes hold."""
     counted = [(trace.rank, trace.live) for trace in traces if trace.live is not None]
     parts = [part for part in PARTS if any(live.size(part) for _, live in counted)]
-    table = Table(box=None, pad_edge=False, title=f"counted memory of a rank at its peak, {_precision(config)}",
+    table = Table(box=None, pad_edge=False, title=f"counted memory of a rank at its peak, {_precision(config)}, on a CPU",
                   title_justify="left", title_style="italic")  # fmt: skip
     for column in ("rank", "together", *parts, "in"):
         table.add_column(column, justify="left" if column == "in" else "right")

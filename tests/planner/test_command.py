@@ -78,7 +78,7 @@ def test_unknown_devices_are_refused_with_the_names_that_there_are(tmp_path: Pat
     assert "did you mean h100-sxm?" in words and all(name in words for name in DEVICES)
     assert not (tmp_path / "best.yaml").exists()
     done = disttrain(tmp_path, "plan", str(ROOT / "configs/gpt_tiny.yaml"), "--gpus", "2")
-    assert done.returncode == 2 and "JSON file of measured speeds" in done.stderr
+    assert done.returncode == 2 and "run `disttrain calibrate`" in done.stderr
 
 
 def test_what_fits_nowhere_ends_with_1_and_help(tmp_path: Path) -> None:

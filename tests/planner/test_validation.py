@@ -116,6 +116,7 @@ def test_only_what_this_machine_can_train_is_validated(tmp_path: Path) -> None:
     assert "use --device measured" in refused(given, "h100-sxm", GPU, 4)
     assert "calibrate --nproc 16" in refused(given, "measured", cpu(), 16)
     planning.refuse_validation(given, "measured", cpu(), 8)
-    words = ["plan", str(ROOT / "configs/gpt_tiny.yaml"), "--gpus", "2", "--table", "t.md", "--device", "h100-sxm"]
-    done = warm.run(words, tmp_path, {**os.environ}, timeout_s=60)
-    assert done.returncode == 2 and "--validate only" in " ".join(done.stderr.split())
+    words = ["plan", str(ROOT / "configs/gpt_tiny.yaml"), "--gpus", "2", "--device", "h100-sxm"]
+    for option in (["--table", "t.md"], ["--sample", "3"]):
+        done = warm.run([*words, *option], tmp_path, {**os.environ}, timeout_s=60)
+        assert done.returncode == 2 and option[0] in done.stderr and "--validate only" in " ".join(done.stderr.split())
