@@ -1,7 +1,7 @@
 """`disttrain` in a process forked from one that has imported it: as `python -m disttrain`, without its seconds of imports.
 
-Each process of pytest has one fork server (multiprocessing's), which only imports. Real processes are started by
-tests/launchers and whatever has to be interrupted.
+Each process of pytest has one fork server (multiprocessing's), which only imports. Fresh processes are started by
+tests/launchers, tests/unit/test_interruption.py and under torchrun.
 """
 
 import os
@@ -45,6 +45,46 @@ def start(
     process = context.Process(target=_main, args=(list(words), folder, dict(environment), out, err, apart))
     process.start()
     return process
+
+
+class Running:
+    """A started `disttrain WORDS` in a process group of its own, by the words of subprocess.Popen; stderr is in stdout."""
+
+    def __init__(self, words: Sequence[str], folder: Path, environment: Mapping[str, str]):
+        file, name = tempfile.mkstemp(prefix="output_", suffix=".txt", dir=folder)
+        os.close(file)
+        self.output = Path(name)
+        self._process = start(words, folder, environment, self.output, self.output, apart=True)
+        self.pid = self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code; a signal is a negative number; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """To the command, not to its ranks."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """-9."""
+        self._process.kill()
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code. Raises TimeoutExpired."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutExpired([], timeout, self.output.read_bytes())
+        return self._process.exitcode
+
+    def communicate(self, timeout: float) -> str:
+        """All that it has said, at its end. Raises TimeoutExpired."""
+        self.wait(timeout)
+        return self.output.read_text()
 
 
 def _main(words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path, apart: bool) -> None:

@@ -160,7 +160,7 @@ class Ledger(TorchDispatchMode):
 def counting(device_type: str = "cpu", block_bytes: int = 1) -> Iterator[Ledger]:
     """Count what happens inside; the garbage collector rests meanwhile, so that two counts are the same."""
     ledger, resize = Ledger(device_type, block_bytes), torch.UntypedStorage.resize_
-    enabled = gc.isenabled()
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count() > 0
 
     def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP2 frees and takes memory so
         done = resize(storage, size)
@@ -168,6 +168,7 @@ def counting(device_type: str = "cpu", block_bytes: int = 1) -> Iterator[Ledger]
         return done
 
     gc.collect()
+    gc.freeze()  # what was there before need not be looked through again
     gc.disable()
     torch.UntypedStorage.resize_ = resize_  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -175,6 +176,8 @@ def counting(device_type: str = "cpu", block_bytes: int = 1) -> Iterator[Ledger]
             yield ledger
     finally:
         torch.UntypedStorage.resize_ = resize
+        if not frozen:
+            gc.unfreeze()
         if enabled:
             gc.enable()
 

@@ -50,12 +50,9 @@ class Workplace:
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    def start(self, *words: str) -> subprocess.Popen:
+    def start(self, *words: str) -> warm.Running:
         """Start it in a process group of its own."""
-        return subprocess.Popen(
-            self.command(*words), cwd=self.folder, env=self.environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+        return warm.Running(words, self.folder, self.environment)
 
     def records(self, name: str, kind: str) -> list[dict]:
         """Records of a run."""

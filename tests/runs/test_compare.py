@@ -51,11 +51,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(workplace: Workplace) -> None
     sweep(workplace, {"long": {"settings": {"train.steps": 100000, "train.eval_every": 0, "checkpoint.every": 0}}})
     process = workplace.start("compare", "sweep.yaml")
     while not workplace.records("sweep/runs/long-1", "step"):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.output.read_text()
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command goes on" in output, output
     assert children and not psutil.wait_procs(children, timeout=10)[1]
     assert list((workplace.folder / "runs/sweep/runs/long-1/checkpoints").glob("step_*"))

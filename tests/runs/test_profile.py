@@ -112,7 +112,7 @@ def test_ctrl_c_leaves_what_there_is_and_a_resume_takes_its_own(workplace: Workp
     process = workplace.start(*words, "--profile-steps", "10:4000")
     wait_for_step(workplace, process, 14)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "Traceback" not in output
     last = workplace.records("run", "step")[-1]["step"]

@@ -12,6 +12,7 @@ import yaml
 
 from disttrain.metrics import unknown_keys
 from tests.runs.conftest import Workplace
+from tests.warm import Running
 
 
 def test_a_run_leaves_the_files_of_the_contract(workplace: Workplace) -> None:
@@ -64,10 +65,10 @@ def test_bert_trains_and_is_scored(workplace: Workplace) -> None:
     assert 0 <= evaluation["nsp_accuracy"] <= 1
 
 
-def wait_for_step(workplace: Workplace, process: subprocess.Popen, step: int) -> None:
+def wait_for_step(workplace: Workplace, process: Running, step: int) -> None:
     deadline = time.monotonic() + 90
     while not any(r["step"] >= step for r in workplace.records("run", "step")):
-        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert process.poll() is None, process.output.read_text()
         assert time.monotonic() < deadline, "the run did not get anywhere"
         time.sleep(0.01)
 
@@ -90,7 +91,7 @@ def test_resume_after_every_kind_of_end_is_bit_exact(undisturbed: Workplace) -> 
         process = workplace.start(*LONG)
         wait_for_step(workplace, process, step)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output = process.communicate(timeout=60)
         assert process.returncode == code, output
         assert "Traceback" not in output, output
         assert workplace.records("run", "summary")[-1]["stop_reason"] == "interrupted"
@@ -102,7 +103,7 @@ def test_resume_after_every_kind_of_end_is_bit_exact(undisturbed: Workplace) -> 
     process = workplace.start(*LONG)
     wait_for_step(workplace, process, 310)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert "was killed by SIGKILL" in output
     workplace.run(*LONG)
@@ -111,16 +112,16 @@ def test_resume_after_every_kind_of_end_is_bit_exact(undisturbed: Workplace) -> 
     assert workplace.records("run", "summary")[-1]["tokens_seen"] == 400 * 8 * 32
 
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
+def ranks_of(process: Running) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
     return [int(pid) for pid in found]
 
 
-def kill_all(process: subprocess.Popen) -> None:
+def kill_all(process: Running) -> None:
     for pid in ranks_of(process):
         os.kill(pid, signal.SIGKILL)
     process.kill()
-    process.wait()
+    process.wait(60)
 
 
 def test_ranks_end_when_their_parent_is_killed(workplace: Workplace) -> None:
@@ -184,11 +185,11 @@ def test_ctrl_c_while_data_is_prepared(workplace: Workplace) -> None:
     process = workplace.start(*words)
     deadline = time.monotonic() + 90
     while not list(workplace.folder.glob("cache/tokens/*/shard_*.json")):
-        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert process.poll() is None, process.output.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output = process.communicate(timeout=30)
     assert process.returncode == 130, output
     assert "Traceback" not in output
     workplace.run(*words)

@@ -87,7 +87,7 @@ def test_a_requeued_run_is_one_run_and_its_folders_are_uploaded_together(workpla
     process = workplace.start(*long, "train.steps=100000")
     wait_for_step(workplace, process, 5)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output = process.communicate(timeout=120)
     assert process.returncode == 130, output
     reached = workplace.records("run", "step")[-1]["step"]
     assert "Would sync 1 run(s)" in listed(upload_command(workplace, output))

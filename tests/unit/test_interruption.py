@@ -55,7 +55,7 @@ def test_local_ranks_save_on_a_warning(tmp_path: Path) -> None:
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     running.send_signal(signal.SIGUSR1)
-    output, _ = running.communicate(timeout=200)
+    output = running.communicate(timeout=200)
     assert running.returncode == 130, output
     assert "stopped at once" not in output
     last = workplace.records("run", "step")[-1]["step"]
