@@ -1,4 +1,5 @@
 # make demo: train a small GPT on real text and show what it learned.   make test: the tests that need Python alone.
+# make test-all: the same with every case of those that are alike (layouts, codecs, planted faults).
 # make test-real: the tests under real launchers, Slurm, DeepSpeed and Horovod, which it installs (Debian or Ubuntu, root).
 # TORCH_ARGS: further words for installing torch, for example --index-url and the address of torch's CPU builds.
 PYTHON ?= python3
@@ -10,13 +11,16 @@ READY := $(VENV)/.ready
 
 REAL := tests/cluster tests/launchers tests/engines tests/faults
 
-.PHONY: demo test test-real check bench verify verify-bert chaos golden clean
+.PHONY: demo test test-all test-real check bench verify verify-bert chaos golden clean
 
 demo: $(READY)
 	$(BIN)/disttrain demo configs/gpt_tiny.yaml --nproc 2
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(addprefix --ignore=,$(REAL)) $(TEST_ARGS)
+
+test-all:
+	DISTTRAIN_EVERY_CASE=1 $(MAKE) test
 
 test-real: $(READY)
 	tests/install.sh

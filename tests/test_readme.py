@@ -22,7 +22,7 @@ STRATEGIES = set((ROOT / "configs/sweeps").iterdir())
 CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {SWEEP} - STRATEGIES)
 
 SMALL = ["train.steps=3", "optim.warmup_steps=1", "train.eval_sequences=8", "data.max_bytes=300000", "model.layers=4",
-         "data.cache_dir=cache", "model.preset=null", "model.hidden_size=32",
+         "data.cache_dir=cache", "train.global_batch_size=8", "model.preset=null", "model.hidden_size=32",
          "model.heads=2"]  # fmt: skip
 """Makes the commands quick; all else is as in the README."""
 

@@ -5,6 +5,7 @@ tests/launchers, tests/unit/test_interruption.py and under torchrun.
 """
 
 import os
+import runpy
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,9 +32,10 @@ def run(words: Sequence[str], folder: Path, environment: Mapping[str, str], time
 
 
 def start(
-    words: Sequence[str], folder: Path, environment: Mapping[str, str], out: Path, err: Path, apart: bool = False
-) -> BaseProcess:
-    """Start `disttrain WORDS` in a folder, its output in two files; `apart`: in a process group of its own."""
+    words: Sequence[str], folder: Path, environment: Mapping[str, str], out: Path, err: Path, apart: bool = False,
+    script: Path | None = None,
+) -> BaseProcess:  # fmt: skip
+    """Start `disttrain WORDS`, or a script, in a folder, its output in two files; `apart`: in a process group of its own."""
     context = get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     before = os.environ.get("OMP_NUM_THREADS")
@@ -42,19 +44,19 @@ def start(
         forkserver.ensure_running()
     finally:
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-    process = context.Process(target=_main, args=(list(words), folder, dict(environment), out, err, apart))
+    process = context.Process(target=_main, args=(list(words), folder, dict(environment), out, err, apart, script))
     process.start()
     return process
 
 
 class Running:
-    """A started `disttrain WORDS` in a process group of its own, by the words of subprocess.Popen; stderr is in stdout."""
+    """`disttrain WORDS`, or a script, in a process group of its own, with the words of Popen; stderr is in stdout."""
 
-    def __init__(self, words: Sequence[str], folder: Path, environment: Mapping[str, str]):
+    def __init__(self, words: Sequence[str], folder: Path, environment: Mapping[str, str], script: Path | None = None):
         file, name = tempfile.mkstemp(prefix="output_", suffix=".txt", dir=folder)
         os.close(file)
         self.output = Path(name)
-        self._process = start(words, folder, environment, self.output, self.output, apart=True)
+        self._process = start(words, folder, environment, self.output, self.output, apart=True, script=script)
         self.pid = self._process.pid or 0
 
     @property
@@ -87,7 +89,9 @@ class Running:
         return self.output.read_text()
 
 
-def _main(words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path, apart: bool) -> None:
+def _main(
+    words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path, apart: bool, script: Path | None
+) -> None:
     if apart:
         os.setsid()
     for path, number in ((out, 1), (err, 2)):
@@ -96,7 +100,10 @@ def _main(words: list[str], folder: Path, environment: dict[str, str], out: Path
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = ["disttrain", *words]
+    sys.argv = [str(script or "disttrain"), *words]
+    if script is not None:
+        runpy.run_path(str(script), run_name="__main__")
+        return
     from disttrain.cli import main
 
     main()

@@ -12,6 +12,7 @@ from disttrain.config.schema import Config
 from disttrain.engines.native import NativeEngine
 from disttrain.grad_compression.adasum import adasum
 from disttrain.verify.gathering import Gathering
+from tests.chosen import chosen
 from tests.parallel.test_data_parallel import BATCH, config_for, global_batch, make_engine
 from tests.ranks import run_ranks
 
@@ -160,10 +161,10 @@ def _adasum_of_two(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a * (1 - both / (2 * aa) if aa else 1.0) + b * (1 - both / (2 * bb) if bb else 1.0)
 
 
-@pytest.mark.parametrize(("method", "layout"), [
+@pytest.mark.parametrize(("method", "layout"), chosen([
     *(("streaming", layout) for layout in LAYOUTS), ("nesterov", "dp4"), ("nesterov", "tp2.dp2"), ("average", "dp4"),
     ("average", "pp2.dp2"), ("adasum", "dp4"), ("adasum", "dp2.mb2"), ("adasum", "tp2.sp.dp2"), ("adasum", "pp2.dp2"),
-])  # fmt: skip
+], 2))  # fmt: skip
 def test_workers_and_outer_steps_are_those_done_by_hand(method: str, layout: str) -> None:
     world, values = LAYOUTS[layout]
     config = outer_config(method, **values)
@@ -264,10 +265,10 @@ def test_resume_within_a_round_is_bit_exact(tmp_path: Path, method: str, layout:
         assert torch.equal(resumed[0]["weights"][name], weight)
 
 
-@pytest.mark.parametrize(("before", "after"), [
+@pytest.mark.parametrize(("before", "after"), chosen([
     ("dp2", "tp2.dp2"), ("tp2.dp2", "dp2"), ("dp2", "dp4.zero3.rep2"), ("dp4.zero2.rep2.mb1", "dp2"), ("pp2.dp2", "dp2"),
     ("dp2", "pp2.dp2"),
-])  # fmt: skip
+], 2))  # fmt: skip
 def test_as_many_workers_of_another_layout_go_on_alike(tmp_path: Path, before: str, after: str) -> None:
     (world, values), (later_world, later) = LAYOUTS[before], LAYOUTS[after]
     config = outer_config("streaming", **values)

@@ -144,11 +144,12 @@ LEAST = {"1f1b": 1, "dualpipev": 2}
 
 
 def cases_for(size: int, family: str) -> list[Case]:
-    """The fewest micro-batches a schedule takes, a middling and a larger number; layers that do not divide evenly."""
+    """The fewest micro-batches a schedule takes, a middling and a larger number (BERT: the larger one); layers that do not
+    divide evenly."""
     cases: list[Case] = []
     for schedule, facts in SCHEDULES.items():
         many = 2 * size + (facts.virtual_stages is not None)
-        counts = {LEAST[schedule] * size if schedule in LEAST else 1, many}
+        counts = {LEAST[schedule] * size if schedule in LEAST else 1, many} if family == "gpt" else {many}
         if size == 2 and family == "gpt":
             counts.add(max(counts) - 1 if facts.virtual_stages else size)
         for virtual in [facts.virtual_stages] if facts.virtual_stages else [2, 3] if size == 2 else [2]:
@@ -223,7 +224,7 @@ def one_sharded_case(groups: Any, case: Case, zero: int) -> dict[str, Any]:
 @pytest.mark.parametrize("mesh", [Mesh(pipeline=2, shard=2), Mesh(pipeline=2, replicate=2, shard=2)])
 def test_zero_in_a_pipeline(mesh: Mesh) -> None:
     """Stages 1 to 3 are exact under every schedule; 2 and 3 reduce gradients with every micro-batch."""
-    schedules = SCHEDULES if mesh.replicate == 1 else ["1f1b", "zbv"]
+    schedules = SCHEDULES if mesh.replicate == 1 else ["zbv"]
     held = {schedule: virtual_stages(schedule) for schedule in schedules}
     cases: list[Case] = [("bert", s, 2 * v + 1, v, 4) for s, v in held.items()]
     both = [(case, zero) for case in cases for zero in (1, 2, 3) if zero != 2 or case[1] in ("1f1b", "zbv")]
@@ -235,7 +236,7 @@ def test_zero_in_a_pipeline(mesh: Mesh) -> None:
         for name, gradient in expected["gradients"].items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-12, msg=f"{case} {zero} {name}")
         sent[case[1], zero] = results[0]["sent"]
-    for schedule in ("1f1b", "zbv"):
+    for schedule in {"1f1b", "zbv"} & set(schedules):
         assert sent[schedule, 1] < sent[schedule, 2] <= sent[schedule, 3], schedule
 
 

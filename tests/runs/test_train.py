@@ -76,18 +76,18 @@ def wait_for_step(workplace: Workplace, process: Running, step: int) -> None:
 @pytest.fixture
 def undisturbed(workplace: Workplace) -> Workplace:
     """A workplace with the reference run named "reference": long enough to be caught in the middle."""
-    workplace.run("train", "run.yaml", "run.name=reference", "--nproc", "2", "train.steps=400", "train.eval_every=100",
-                  "checkpoint.every=50")  # fmt: skip
+    workplace.run("train", "run.yaml", "run.name=reference", "--nproc", "2", "train.steps=200", "train.eval_every=50",
+                  "checkpoint.every=25")  # fmt: skip
     return workplace
 
 
-LONG = ("train", "run.yaml", "--nproc", "2", "train.steps=400", "train.eval_every=100", "checkpoint.every=50")
+LONG = ("train", "run.yaml", "--nproc", "2", "train.steps=200", "train.eval_every=50", "checkpoint.every=25")
 
 
 def test_resume_after_every_kind_of_end_is_bit_exact(undisturbed: Workplace) -> None:
     """Ctrl-C, then SIGTERM, then kill -9 of everything, then kill -9 of one rank; the curve is the undisturbed one."""
     workplace = undisturbed
-    for number, step, code in ((signal.SIGINT, 20, 130), (signal.SIGTERM, 120, 130)):
+    for number, step, code in ((signal.SIGINT, 10, 130), (signal.SIGTERM, 60, 130)):
         process = workplace.start(*LONG)
         wait_for_step(workplace, process, step)
         process.send_signal(number)
@@ -98,10 +98,10 @@ def test_resume_after_every_kind_of_end_is_bit_exact(undisturbed: Workplace) -> 
         newest = max((workplace.folder / "runs/run/checkpoints").iterdir()).name
         assert newest == f"step_{workplace.records('run', 'step')[-1]['step']:08d}"  # nothing is lost
     process = workplace.start(*LONG)
-    wait_for_step(workplace, process, 210)
+    wait_for_step(workplace, process, 105)
     kill_all(process)
     process = workplace.start(*LONG)
-    wait_for_step(workplace, process, 310)
+    wait_for_step(workplace, process, 155)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = process.communicate(timeout=60)
     assert process.returncode == 1, output
@@ -109,7 +109,7 @@ def test_resume_after_every_kind_of_end_is_bit_exact(undisturbed: Workplace) -> 
     workplace.run(*LONG)
     assert workplace.curve("run") == workplace.curve("reference")
     assert workplace.evaluations("run") == workplace.evaluations("reference")
-    assert workplace.records("run", "summary")[-1]["tokens_seen"] == 400 * 8 * 32
+    assert workplace.records("run", "summary")[-1]["tokens_seen"] == 200 * 8 * 32
 
 
 def ranks_of(process: Running) -> list[int]:
@@ -179,7 +179,7 @@ def test_ctrl_c_while_data_is_prepared(workplace: Workplace) -> None:
     """It ends at once with 130, and the same command goes on with what is complete."""
     text = workplace.folder / "corpus" / "text.txt"
     for number in range(24):
-        (text.parent / f"{number}.txt").write_text(text.read_text() * 40)
+        (text.parent / f"{number}.txt").write_text(text.read_text() * 15)
     words = ("train", "run.yaml", "data.tokenizer=bpe", "data.tokenizer_vocab_size=300", "train.steps=2",
              "optim.warmup_steps=0")  # fmt: skip
     process = workplace.start(*words)
@@ -254,7 +254,7 @@ def test_sampling_from_a_run(workplace: Workplace) -> None:
 
 
 def test_demo_beats_uniform_and_shows_samples(workplace: Workplace) -> None:
-    words = ["train.steps=150", "train.eval_every=0", "train.eval_sequences=null", "optim.lr=2e-2", "model.dropout=0"]
+    words = ["train.steps=60", "train.eval_every=0", "train.eval_sequences=null", "optim.lr=2e-2", "model.dropout=0"]
     done = subprocess.run(workplace.command("demo", "run.yaml", "--nproc", "2", *words), cwd=workplace.folder,
                           env=workplace.environment, capture_output=True, text=True, check=False, timeout=200)  # fmt: skip
     assert done.returncode in (0, 1), done.stderr

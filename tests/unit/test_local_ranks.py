@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import Running
+
 SCRIPT = """
 import json, os, signal, sys, time
 import torch, torch.distributed as dist
@@ -50,12 +52,12 @@ if __name__ == "__main__":
 """
 
 
-def started(folder: Path, method: str, what: str) -> subprocess.Popen:
+def started(folder: Path, what: str) -> Running:
     (folder / "script.py").write_text(SCRIPT)
-    return subprocess.Popen([sys.executable, "script.py", method, what], cwd=folder, stderr=subprocess.PIPE, text=True)
+    return Running(["fork", what], folder, os.environ, folder / "script.py")
 
 
-def wait_for_pids(folder: Path, process: subprocess.Popen) -> list[int]:
+def wait_for_pids(folder: Path, process: Running) -> list[int]:
     files = [folder / f"pid{rank}" for rank in range(3)]
     deadline = time.monotonic() + 100
     while not all(file.exists() and file.read_text() for file in files):
@@ -66,9 +68,14 @@ def wait_for_pids(folder: Path, process: subprocess.Popen) -> list[int]:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_ranks_meet_and_know_their_places(tmp_path: Path, method: str) -> None:
-    process = started(tmp_path, method, "sum")
-    assert process.communicate(timeout=100)[1] == ""
-    assert process.returncode == 0
+    if method == "fork":
+        process = started(tmp_path, "sum")
+        assert (process.communicate(100), process.returncode) == ("", 0)
+    else:  # a script of its own, which the ranks read again
+        (tmp_path / "script.py").write_text(SCRIPT)
+        done = subprocess.run([sys.executable, "script.py", method, "sum"], cwd=tmp_path, check=True, timeout=100,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        assert done.stdout == b""
     for rank in range(3):
         found = json.loads((tmp_path / f"rank{rank}").read_text())
         assert found["total"] == 3.0
@@ -78,57 +85,55 @@ def test_ranks_meet_and_know_their_places(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize("what, code, says", [("one refuses", 2, ""), ("one raises", 1, "KeyError: 'unexpected'")])
 def test_one_failure_ends_all(tmp_path: Path, what: str, code: int, says: str) -> None:
-    process = started(tmp_path, "fork", what)
-    assert says in process.communicate(timeout=60)[1]
+    process = started(tmp_path, what)
+    assert says in process.communicate(timeout=60)
     assert process.returncode == code
 
 
-@pytest.mark.parametrize("method, number", [
-    ("fork", signal.SIGINT), ("fork", signal.SIGTERM), ("fork", signal.SIGUSR1), ("spawn", signal.SIGTERM),
-])  # fmt: skip
-def test_signals_reach_every_rank(tmp_path: Path, method: str, number: signal.Signals) -> None:
-    process = started(tmp_path, method, "wait")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_every_rank(tmp_path: Path, number: signal.Signals) -> None:
+    process = started(tmp_path, "wait")
     wait_for_pids(tmp_path, process)
     process.send_signal(number)
-    assert process.communicate(timeout=60)[1] == ""
+    assert process.communicate(timeout=60) == ""
     assert process.returncode == 130
 
 
 def test_a_rank_that_saves_longer_than_its_peers_is_left_alone(tmp_path: Path) -> None:
-    process = started(tmp_path, "fork", "one is late")
+    process = started(tmp_path, "one is late")
     wait_for_pids(tmp_path, process)
     process.send_signal(signal.SIGUSR1)
-    assert process.communicate(timeout=60)[1] == ""
+    assert process.communicate(timeout=60) == ""
     assert process.returncode == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ranks_without_anything_to_save_end_at_once(tmp_path: Path, number: signal.Signals) -> None:
-    process = started(tmp_path, "fork", "measure")
+    process = started(tmp_path, "measure")
     pids = wait_for_pids(tmp_path, process)
     for pid in pids if number == signal.SIGINT else ():  # which a terminal sends to all
         os.kill(pid, number)
     process.send_signal(number)
-    assert process.communicate(timeout=30)[1] == "disttrain: interrupted; nothing is lost, the same command goes on\n"
+    assert process.communicate(timeout=30) == "disttrain: interrupted; nothing is lost, the same command goes on\n"
     assert process.returncode == 130
     assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
 
 
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
-    process = started(tmp_path, "fork", "wait")
+    process = started(tmp_path, "wait")
     pids = wait_for_pids(tmp_path, process)
     os.kill(pids[1], signal.SIGKILL)
-    assert process.communicate(timeout=60)[1] == (
+    assert process.communicate(timeout=60) == (
         "disttrain: rank 1 was killed by SIGKILL; the same command resumes the run\n"
     )
     assert process.returncode == 1
 
 
 def test_ranks_end_with_their_parent(tmp_path: Path) -> None:
-    process = started(tmp_path, "fork", "wait")
+    process = started(tmp_path, "wait")
     pids = wait_for_pids(tmp_path, process)
     process.kill()
-    process.wait()
+    process.wait(60)
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
         assert time.monotonic() < deadline

@@ -27,6 +27,7 @@ from disttrain.rehearsal.report import deadlock, disagreement
 from disttrain.rehearsal.trace import batches_of, steps, trace
 from disttrain.verify.layouts import parse
 from disttrain.verify.matrix import full_matrix, sample
+from tests.chosen import chosen
 from tests.parallel.test_data_parallel import make_engine
 from tests.ranks import run_ranks
 from tests.verify.small import config_for
@@ -73,8 +74,8 @@ def test_a_rehearsal_records_what_a_run_calls(name: str) -> None:
 
 def test_legal_layouts_match() -> None:
     config = with_values(config_for(), SMALL)
-    chosen = sample([layout for layout in full_matrix(config, max_world=4) if layout.world > 1], 4, seed=1)
-    for layout in chosen:
+    sampled = sample([layout for layout in full_matrix(config, max_world=4) if layout.world > 1], 4, seed=1)
+    for layout in chosen(sampled, 2):
         traces = rehearse(layout.applied(config), layout.world)
         assert [t.error for t in traces if t.error] == []
         assert first_mismatch(traces) is None and not first_deadlock(traces), layout
