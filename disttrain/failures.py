@@ -42,8 +42,16 @@ def interrupted() -> int:
 
 def lost_a_peer(error: BaseException) -> bool:
     """Whether another rank is gone: a failure that those who are left survive."""
+    error = unwrapped(error)
     internal = type(error).__name__ == "HorovodInternalError"
     return internal or (isinstance(error, RuntimeError) and any(words in str(error) for words in LOST))
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What failed in a stage of torch's pipelines, which raise another error from it that says only where."""
+    while isinstance(error, RuntimeError) and "failed to run" in str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def explain(error: Exception) -> int:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from disttrain.config.problems import RefusedInput
-from disttrain.failures import lost_a_peer
+from disttrain.failures import lost_a_peer, unwrapped
 from disttrain.hang import files
 from disttrain.hang.explanation import explain
 from disttrain.hang.files import Call, Frame, RankState
@@ -99,7 +99,7 @@ class Observer:
         if self._thread.is_alive():
             self._thread.join(OTHERS_SPEAK_S)
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """Leave what the rank knows when it fails, unless it was seen while it still waited, which tells more."""
         self.stop()
         of_peers = lost_a_peer(error)
@@ -163,12 +163,12 @@ def observing(folder: Path, rank: RankInfo, timeout_s: float) -> Iterator[Observ
         if rank.world_size == 1:
             raise
         try:
-            observer.failed(error)
+            observer.failed(unwrapped(error))
         except Exception as another:  # which must not hide the first one
             logging.getLogger("disttrain").error("nothing was written for explain", exc_info=another)
         if lost_a_peer(error):
             logging.getLogger("disttrain").error("other ranks did not answer", exc_info=error)
-            raise Unanswered(str(error), folder, rank.world_size) from error
+            raise Unanswered(str(unwrapped(error)), folder, rank.world_size) from error
         raise
     finally:
         observer.stop()
@@ -199,7 +199,7 @@ def _oldest(state: RankState) -> float:
     return min((call.since for call in state.calls if not call.completed), default=time.time())
 
 
-def raised_at(error: Exception) -> tuple[Frame, ...]:
+def raised_at(error: BaseException) -> tuple[Frame, ...]:
     """The stack in which an error was raised, innermost frame first."""
     last = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), limit=None)
     return tuple(Frame(_short(f.filename), f.lineno or 0, f.name, (f.line or "").strip()) for f in reversed(last))

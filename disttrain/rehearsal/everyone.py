@@ -8,6 +8,7 @@ from functools import partial
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from disttrain.config.schema import Config
+from disttrain.failures import unwrapped
 from disttrain.hang import stacks
 from disttrain.hang.observer import raised_at
 from disttrain.mesh import Mesh, build_mesh
@@ -51,7 +52,8 @@ def _rehearse(config: Config, world_size: int, rank: int) -> Trace:
         return trace(
             config, world_size, rank, count=rank in ranks_that_hold_most(build_mesh(config.parallel, world_size))
         )
-    except Exception as error:
+    except Exception as raised:
+        error = unwrapped(raised)
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         if isinstance(error, DynamicOutputShapeException | DataDependentOutputException):
             text = f"what {error.func} gives depends on values, which a rehearsal does not have"

@@ -4,10 +4,11 @@ import os
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from disttrain.failures import lost_a_peer
+from disttrain.failures import lost_a_peer, unwrapped
 from disttrain.hang import files
 from disttrain.hang.observer import ledger, observing
 from disttrain.launch import detect
@@ -15,7 +16,9 @@ from disttrain.mesh import Mesh
 from disttrain.parallel import world
 from disttrain.parallel.collectives import Traffic
 from disttrain.parallel.groups import make_groups
-from tests.ranks import run_ranks
+from tests.parallel.test_data_parallel import make_engine
+from tests.parallel.test_layouts import config_of, micro_batches
+from tests.ranks import RanksFailed, run_ranks
 
 
 def until(true) -> None:
@@ -69,3 +72,24 @@ def _lost(rank: int, folder: Path) -> None:
 def test_the_ledger_is_torchs_flight_recorder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", world.LEDGER_CALLS)
     run_ranks(_lost, 2, tmp_path)
+
+
+def _left_alone(rank: int, folder: Path) -> None:
+    world, config = config_of("tensor x pipeline x zero 1", "gpt")
+    engine = make_engine(config, rank, world)
+    if rank == 0:
+        raise ZeroDivisionError
+    try:
+        for step in range(1, 100):
+            engine.step(micro_batches(engine, step), step, 1e-3)
+    except Exception as error:
+        (folder / str(rank)).write_text(f"{lost_a_peer(error)}: {unwrapped(error)}")
+        raise
+
+
+def test_a_lost_peer_is_known_inside_a_stage_too(tmp_path: Path) -> None:
+    """torch's pipelines raise another error from the one that a collective of the model raised."""
+    with pytest.raises(RanksFailed):
+        run_ranks(_left_alone, 8, tmp_path)
+    said = [path.read_text() for path in tmp_path.iterdir()]
+    assert said and [text for text in said if not text.startswith("True: ") or "failed to run" in text] == []
