@@ -1,7 +1,8 @@
 """`disttrain plan`: which layout is fastest on so many devices, does it fit, and where its time and memory go. No torch."""
 
+import hashlib
 import json as json_text
-import tempfile
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,18 +98,21 @@ def _validate(
     given: "Config", settings: "Config", world: int, speeds: "Speeds", limit: float, sample: int, table: Path | None
 ) -> int:
     """Train the sample, show and write the table; 1 where a layout could not be trained."""
+    from disttrain.config.load import dump
     from disttrain.loggers.console import for_tables
     from disttrain.planner import validated
     from disttrain.planner.validation import validate
 
     console = for_tables()
-    with tempfile.TemporaryDirectory(prefix="disttrain-validation-") as folder:
-        found = validate(
-            given, settings, world, speeds, limit, sample, given.run.seed, Path(folder),
-            lambda text: console.print(text, style="dim", highlight=False),
-        )  # fmt: skip
+    name = hashlib.sha256(f"{dump(given)} {world} {speeds.precision}".encode()).hexdigest()[:8]
+    folder = Path(given.run.dir) / f"validation-{name}"
+    found = validate(
+        given, settings, world, speeds, limit, sample, given.run.seed, folder,
+        lambda text: console.print(text, style="dim", highlight=False),
+    )  # fmt: skip
     console.print(validated.shown(found), highlight=False)
     if table is not None:
         validated.write(table, validated.markdown(found, settings, world, speeds))
         typer.echo(f"written: {table}")
+    shutil.rmtree(folder, ignore_errors=True)
     return 1 if len(found.good) < len(found.trained) else 0

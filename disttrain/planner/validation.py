@@ -26,6 +26,8 @@ from disttrain.verify.layouts import Layout
 STEPS = 13
 """Of a run; the first three are its warm-up, and in no average."""
 REPEATS = 3
+MEASURED = "measured.jsonl"
+"""A line for each run that is done."""
 Say = Callable[[str], None]
 
 
@@ -114,18 +116,27 @@ def validate(
     given: Config, config: Config, world: int, speeds: Speeds, memory_bytes: float, count: int, seed: int, folder: Path,
     say: Say, repeats: int = REPEATS,
 ) -> Validation:  # fmt: skip
-    """Draw, train and count. `given` is the config as the user has it, `config` with its vocabulary; runs are made in
-    `folder` and removed."""
+    """Draw, train and count. `given` is the config as the user has it, `config` with its vocabulary.
+
+    Runs are made in `folder` and removed; what each took stays there (`MEASURED`), so that a validation that was interrupted
+    goes on with the same folder. The caller removes it.
+    """
     predictions, legal = drawn(config, world, speeds, memory_bytes, count, seed)
     seconds: dict[Layout, list[float]] = {one.layout: [] for one in predictions}
     peaks: dict[Layout, int] = {}
     failed: dict[Layout, str] = {}
+    known = _measured(folder)
+    if known:
+        say(f"{len(known)} runs were measured before: these are not made again")
     for repeat in range(repeats):
         for one in predictions:
             if one.layout in failed:
                 continue
-            say(f"repeat {repeat + 1} of {repeats}: {one.layout.name}")
-            found = _train(given, one.layout, speeds, folder)
+            found = known.get((one.layout.name, repeat))
+            if found is None:
+                say(f"repeat {repeat + 1} of {repeats}: {one.layout.name}")
+                found = _train(given, one.layout, speeds, folder)
+                _keep(folder, one.layout.name, repeat, found)
             if isinstance(found, str):
                 failed[one.layout] = found
                 continue
@@ -141,6 +152,25 @@ def validate(
         for one in predictions
     ]
     return Validation(trained, seed, legal)
+
+
+def _measured(folder: Path) -> dict[tuple[str, int], Any]:
+    """What earlier runs gave, by layout and repeat; a line that was cut off is removed."""
+    path = folder / MEASURED
+    if not path.exists():
+        return {}
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {(row["layout"], row["repeat"]): row["found"] for row in rows}
+
+
+def _keep(folder: Path, layout: str, repeat: int, found: dict[str, Any] | str) -> None:
+    """Write it down; a failure is tried again by the next command."""
+    if not isinstance(found, str):
+        found = {key: found[key] for key in ("mean_step_seconds", "peak_allocated_bytes_max")}
+        with (folder / MEASURED).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"layout": layout, "repeat": repeat, "found": found}) + "\n")
 
 
 def _train(given: Config, layout: Layout, speeds: Speeds, folder: Path) -> dict[str, Any] | str:

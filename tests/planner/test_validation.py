@@ -1,6 +1,7 @@
 """`plan --validate`: which layouts are drawn, what is made of their runs, and a small real one."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from disttrain.config.load import load
 from disttrain.config.problems import RefusedInput
 from disttrain.planner import config as planning
-from disttrain.planner import speeds, validated
+from disttrain.planner import speeds, validated, validation
 from disttrain.planner.prediction import Prediction
 from disttrain.planner.validation import Trained, Validation, drawn, validate
 from tests import warm
@@ -100,6 +101,17 @@ def test_a_sample_is_trained_and_counted(tmp_path: Path, monkeypatch: pytest.Mon
     for one in found.trained:
         assert one.seconds > 0 and len(one.step_seconds) == 1 and abs(one.memory_error) < 0.25, one
     assert not (tmp_path / "work/runs").exists()
+    before, said = found, []  # the same again: what was measured is not measured again, but a line that was cut off is
+    measured = tmp_path / "work" / validation.MEASURED
+    measured.write_text(measured.read_text()[:-5])
+    found = validate(given, settings, 2, cpu(ranks_per_host=2), 8e9, 2, 3, tmp_path / "work", said.append, repeats=1)
+    assert (
+        said[0] == "1 runs were measured before: these are not made again"
+        and sum(words.startswith("repeat 1 of 1") for words in said) == 1
+    )
+    assert len(measured.read_text().splitlines()) == 2
+    assert found.trained[0] == before.trained[0] and found.trained[1].seconds != before.trained[1].seconds
+    shutil.rmtree(tmp_path / "work")
     broken = given.model_copy(update={"data": given.data.model_copy(update={"path": "nowhere", "corpus": None})})
     failed = validate(broken, settings, 2, cpu(ranks_per_host=2), 8e9, 1, 3, tmp_path / "work", said.append, repeats=2)
     assert failed.good == [] and "exit code 2" in str(failed.trained[0].failed) and failed.regret is None
