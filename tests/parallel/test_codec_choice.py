@@ -9,6 +9,7 @@ from disttrain import codec_choice
 from disttrain.codec_choice import Candidate, Choice, RehearsedLink, Speed
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config, GradientCodec
+from tests.chosen import chosen
 from tests.parallel.test_data_parallel import config_for, global_batch, make_engine
 from tests.parallel.test_grad_compression import LAYOUTS, advance
 from tests.ranks import run_ranks
@@ -24,7 +25,7 @@ def config_of(**values) -> Config:
     )
 
 
-def chosen(rank: int, config: Config, world: int, speed: Speed | None) -> Choice:
+def choice_of(rank: int, config: Config, world: int, speed: Speed | None) -> Choice:
     """What is chosen on a link of this speed, or as it is."""
     plain = with_values(config, {"compression.codec": "none"})
     groups = make_engine(plain, rank, world).groups
@@ -46,10 +47,10 @@ def sent_in_a_step(rank: int, config: Config, world: int) -> float:
     return engine.traffic().on_wire
 
 
-@pytest.mark.parametrize("layout", ["dp2", "dp2.mb2"])
+@pytest.mark.parametrize("layout", chosen(["dp2.mb2", "dp2"], 2))
 def test_rehearsed_bytes_are_sent(layout: str) -> None:
     world, values = LAYOUTS[layout]
-    choices = run_ranks(chosen, world, config_of(**{"compression.candidates": ALL, **values}), world, SLOW)
+    choices = run_ranks(choice_of, world, config_of(**{"compression.candidates": ALL, **values}), world, SLOW)
     for number, codec in enumerate(["none", *ALL]):
         sent = run_ranks(sent_in_a_step, world, config_of(**{**values, "compression.codec": codec}), world)
         for rank, choice in enumerate(choices):
@@ -60,17 +61,17 @@ def test_rehearsed_bytes_are_sent(layout: str) -> None:
             )  # loss, tokens and norm travel, too
 
 
-@pytest.mark.parametrize("layout", ["tp2.dp2", "dp4.zero2.rep2.mb1"])
+@pytest.mark.parametrize("layout", chosen(["dp4.zero2.rep2.mb1", "tp2.dp2"], 2))
 def test_a_slow_link_gets_a_codec_and_a_fast_one_none(layout: str) -> None:
     world, values = LAYOUTS[layout]
-    slow = run_ranks(chosen, world, config_of(**values), world, SLOW)
+    slow = run_ranks(choice_of, world, config_of(**values), world, SLOW)
     assert len({choice.best.codec for choice in slow}) == 1  # all ranks take the same
     assert slow[0].best.codec in ("int4", "powersgd")
     none = slow[0].candidates[0]
     assert not none.rehearsed  # that would take its time
     assert none.step_s == none.work_s + none.link_s
     assert slow[0].best.step_s >= slow[0].best.link_s
-    fast = run_ranks(chosen, world, config_of(**values), world, FAST)
+    fast = run_ranks(choice_of, world, config_of(**values), world, FAST)
     assert all(choice.candidates[0].link_s < 1e-3 for choice in fast)
     assert set(slow[0].axes) >= {"data"} | {name for name in ("tensor", "pipeline") if f"parallel.{name}" in values}
 

@@ -83,7 +83,8 @@ def test_unknown_devices_are_refused_with_the_names_that_there_are(tmp_path: Pat
 
 def test_what_fits_nowhere_ends_with_1_and_help(tmp_path: Path) -> None:
     words = ["plan", str(ROOT / "configs/gpt3_175b.yaml"), "train.global_batch_size=4", "--gpus", "2", "--device", "t4",
-             "precision=fp16", "--out", "best.yaml"]  # fmt: skip
+             "precision=fp16", "model.preset=null", "model.layers=12", "model.hidden_size=12288", "model.heads=96",
+             "model.max_positions=2048", "--out", "best.yaml"]  # fmt: skip
     done = disttrain(tmp_path, *words)
     assert done.returncode == 1, done.stderr
     assert "no layout fits" in done.stderr and "GiB of 14.9" in done.stderr and "ranks would do" in done.stderr

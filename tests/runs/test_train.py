@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -219,26 +218,6 @@ def test_every_n_steps(workplace: Workplace) -> None:
     assert [r["step"] for r in records] == [4, 5, 6, 8, 10, 12]
     assert [r["interval_steps"] for r in records] == [4, 1, 1, 2, 2, 2]
     assert records[-1]["tokens_seen"] == 12 * 8 * 32
-
-
-def test_under_torchrun(workplace: Workplace) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "disttrain",
-    ]
-    done = subprocess.run([*command, "train", "run.yaml"], cwd=workplace.folder, env=workplace.environment,
-                          capture_output=True, text=True, check=False, timeout=120)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    header = workplace.records("run", "header")[0]
-    assert (header["launcher"], header["world_size"], header["mesh"]["replicate"]) == ("torchrun", 2, 2)
-    workplace.run("train", "run.yaml", "run.name=local", "--nproc", "2")
-    assert workplace.curve("run") == workplace.curve("local")
 
 
 def test_sampling_from_a_run(workplace: Workplace) -> None:
