@@ -62,7 +62,7 @@ def save(
     attempt(lambda: dcp.save(tensors, storage_writer=writer, process_group=group) and None)
     checksums = attempt(lambda: checksums_of(writing, f"shard-{dist.get_rank() + 1:05d}-"))
     attempt(lambda: _finish(writing, final, trainer, checksums) if first else None)
-    attempt(lambda: prune(folder, keep, every, best) if first else None)
+    attempt(lambda: prune(folder, step, keep, every, best) if first else None)
     return final
 
 
@@ -185,10 +185,14 @@ def clean(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int, every: int = 0, best: int = 0) -> None:
+def prune(folder: Path, step: int, keep: int, every: int = 0, best: int = 0) -> None:
     """Remove all but the newest `keep` checkpoints, those of steps that are multiples of `every`, and the `best` ones by
-    held-out loss; renamed first, so that none is ever half removed."""
-    there = checkpoints(folder)
+    held-out loss; renamed first, so that none is ever half removed.
+
+    Those after `step`, which has just been saved, are damaged, or the run would have gone on from them: they are left, and
+    must not push out those that are good.
+    """
+    there = [p for p in checkpoints(folder) if p.name <= path_of(folder, step).name]
     kept = {*there[-keep:], *(p for p in there if every and int(p.name.removeprefix("step_")) % every == 0)}
     if best:
         losses = {path: loss for path in there if (loss := held_out_loss(path)) is not None}

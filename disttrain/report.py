@@ -293,6 +293,8 @@ def _memory(last: Record) -> str:
 def _checkpoints(run: Run) -> str:
     folder = run.folder / "checkpoints"
     names = sorted(p.name for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
+    reached = run.steps[-1]["step"] if run.steps else 0
+    names = [name for name in names if int(name.removeprefix("step_")) <= reached] or names  # later ones are damaged
     if not names:
         return "none"
     return f"{len(names)}, newest {folder / names[-1]}"

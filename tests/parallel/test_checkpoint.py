@@ -125,8 +125,16 @@ def test_half_written_and_half_removed_are_never_taken(saved: Path) -> None:
 
 
 def test_only_the_newest_are_kept(saved: Path) -> None:
-    checkpoint.prune(saved, 2)
+    checkpoint.prune(saved, 3, 2)
     assert [checkpoint.step_of(p) for p in checkpoint.checkpoints(saved)] == [2, 3]
+
+
+def test_damaged_ones_of_later_steps_do_not_push_out_good_ones(saved: Path) -> None:
+    """A run whose newest checkpoints are all damaged goes on from before them, and keeps what it saves on the way back."""
+    for step in (2, 3):
+        (saved / f"step_{step:08d}" / checkpoint.MANIFEST).unlink()
+    checkpoint.prune(saved, 1, keep=1)
+    assert checkpoint.newest_good(saved)[0] == saved / "step_00000001"
 
 
 @pytest.mark.parametrize(("keep", "every", "best", "left"), [
@@ -139,7 +147,7 @@ def test_those_of_some_steps_and_the_best_are_kept_too(
     for step, loss in losses.items():
         (folder := tmp_path / f"step_{step:08d}").mkdir()
         (folder / checkpoint.TRAINER).write_text(json.dumps({"step": step, "eval_loss": loss}))
-    checkpoint.prune(tmp_path, keep, every, best)
+    checkpoint.prune(tmp_path, 9, keep, every, best)
     assert [checkpoint.step_of(p) for p in checkpoint.checkpoints(tmp_path)] == left
 
 
