@@ -1,6 +1,5 @@
 """`disttrain plan`: which layout is fastest on so many devices, does it fit, and where its time and memory go. No torch."""
 
-import hashlib
 import json as json_text
 import shutil
 from pathlib import Path
@@ -98,14 +97,13 @@ def _validate(
     given: "Config", settings: "Config", world: int, speeds: "Speeds", limit: float, sample: int, table: Path | None
 ) -> int:
     """Train the sample, show and write the table; 1 where a layout could not be trained."""
-    from disttrain.config.load import dump
     from disttrain.loggers.console import for_tables
     from disttrain.planner import validated
     from disttrain.planner.validation import validate
+    from disttrain.verify.plan import config_hash
 
     console = for_tables()
-    name = hashlib.sha256(f"{dump(given)} {world} {speeds.precision}".encode()).hexdigest()[:8]
-    folder = Path(given.run.dir) / f"validation-{name}"
+    folder = Path(given.run.dir) / f"validation-{config_hash(given)[:8]}-{world}-{speeds.precision}"
     found = validate(
         given, settings, world, speeds, limit, sample, given.run.seed, folder,
         lambda text: console.print(text, style="dim", highlight=False),

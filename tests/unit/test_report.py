@@ -91,6 +91,14 @@ def test_the_table_says_what_a_run_came_to(tmp_path):
     assert "skipped updates" not in got and "failed sinks" not in got
 
 
+def test_checkpoints_of_steps_that_were_not_reached_again_are_not_the_newest(tmp_path):
+    """A run whose checkpoints were all damaged has begun anew."""
+    for n in (1, 2, 9):
+        (tmp_path / "checkpoints" / f"step_{n:08d}").mkdir(parents=True)
+    told = table_text(run_of(tmp_path, HEADER, step(1, 5.0), step(2, 4.0)))["checkpoints"]
+    assert told.startswith("2, newest ") and told.endswith("step_00000002")
+
+
 def test_a_noisy_last_loss_is_put_beside_its_recent_mean(tmp_path):
     run = run_of(tmp_path, HEADER, *(step(n, 5.0 - n / 10) for n in range(1, 31)))
     assert table_text(run)["training loss"] == "2.0000 nats at step 30 (mean of the last 3 records 2.1000)"
