@@ -9,6 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# fresh processes are many: they need not compile what the last one has compiled
+unexport PYTHONDONTWRITEBYTECODE
+
 REAL := tests/cluster tests/launchers tests/engines tests/faults
 
 .PHONY: demo test test-all test-real check bench verify verify-bert chaos golden clean
@@ -24,7 +27,7 @@ test-all:
 
 test-real: $(READY)
 	tests/install.sh
-	DISTTRAIN_TEST_ALL=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(REAL) $(TEST_ARGS)
+	DISTTRAIN_TEST_ALL=1 $(BIN)/python -m pytest -n 2 --dist worksteal -o cache_dir=.pytest_cache/real $(REAL) $(TEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check disttrain tests benchmarks

@@ -29,6 +29,8 @@ from disttrain.recorder import Recorder
 from disttrain.trainer import restore, train
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+REPORT_S = 1800.0
+"""How long the other ranks wait for the first one's reports, unless run.timeout_s is longer: W&B may have much to upload."""
 
 
 def run(config: Config, rank: RankInfo, interruption: Interruption, prepared: data.Prepared) -> int:
@@ -81,9 +83,12 @@ def _train(session: Session, folder: Path, interruption: Interruption, observed:
 def train_from_checkpoint(
     session: Session, recorder: Recorder, interruption: Interruption, observed: observer.Observer
 ) -> str:
-    """Load what the config says and train on from there; the reason to stop."""
+    """Load what the config says and train on from there; the reason to stop. All ranks are then waiting for the first."""
     observed.step = lambda: recorder.step
-    return train(session, recorder, interruption, restore(session, recorder))
+    reason = train(session, recorder, interruption, restore(session, recorder))
+    observed.stop()
+    world.be_patient(REPORT_S)
+    return reason
 
 
 def drawn(folder: Path, loggers: Loggers) -> Group | None:

@@ -57,6 +57,13 @@ def timeout() -> timedelta:
     return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout  # pyright: ignore
 
 
+def be_patient(timeout_s: float) -> None:
+    """From here on wait this many seconds over the hosts (gloo), if that is longer than what `start` was given."""
+    if dist.is_initialized():
+        longer = max(timedelta(seconds=timeout_s), timeout())
+        dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(longer)  # pyright: ignore
+
+
 def wait_for_all() -> None:
     """Wait until every rank has come here. Goes over the hosts (gloo), so that no GPU is waited for."""
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Every kind of blow at one run, once: the weights, the records and the token counts are those of an undisturbed process."""
+"""Three minutes of blows at one run, of every kind: weights, records and tokens are those of an undisturbed process."""
 
 from pathlib import Path
 
@@ -10,5 +10,5 @@ from tests.faults.chaos import FAULTS, chaos
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_is_hit_by_everything_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    blows = chaos(tmp_path, seed=1, goes_on=lambda number, _: number < len(FAULTS))
-    assert sorted(blow.fault for blow in blows) == sorted(FAULTS)
+    blows = chaos(tmp_path, seed=1, goes_on=lambda number, seconds: number < len(FAULTS) or seconds < 180)
+    assert {blow.fault for blow in blows} == set(FAULTS)

@@ -45,6 +45,27 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_resumes(workplace: Workplac
     assert isinstance(explained(workplace).exception, RefusedInput)
 
 
+SLOW_REPORT = """
+import time
+from disttrain import run
+from disttrain.cli import main
+
+draw = run.draw
+run.draw = lambda folder: (time.sleep(4), draw(folder))[1]
+main()
+"""
+
+
+def test_a_report_may_take_longer_than_a_collective(workplace: Workplace) -> None:
+    (workplace.folder / "slow.py").write_text(SLOW_REPORT)
+    words = ("train", "run.yaml", "--nproc", "2", "run.timeout_s=3", "train.steps=3", "train.eval_every=0")
+    process = Running(words, workplace.folder, workplace.environment, workplace.folder / "slow.py")
+    output = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "did not arrive" not in output
+    assert (workplace.folder / "runs/run/loss_curve.png").exists()
+
+
 def explained(workplace: Workplace) -> Result:
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["explain", str(workplace.folder / "runs/run")])
 

@@ -1,10 +1,14 @@
 """Models from and to transformers: equal logits both ways, training from an imported one, and what is refused."""
 
 import json
+import resource
 import shutil
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -128,6 +132,37 @@ def test_no_file_is_larger_than_it_may_be(here: Workplace, monkeypatch: pytest.M
     torch.testing.assert_close(their_logits(again), their_logits(theirs), rtol=0, atol=0)
     hugging_face.import_model(Path("back"), Path("once_more"))
     torch.testing.assert_close(our_logits(Path("once_more")), their_logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_streams_through_less_memory_than_it_has(here: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """57 million parameters, 228 MB, in files of 16 MB; the largest tensor has 8 MB."""
+    their_gpt(Path("small"))
+    hugging_face.import_model(Path("small"), Path("small_ours"))
+    hugging_face.export(Path("small_ours"), Path("small_back"))  # what is imported for that takes memory once
+    config = transformers.GPT2Config(vocab_size=V, n_positions=32, n_embd=768, n_layer=8, n_head=4)
+    model = saved(transformers.GPT2LMHeadModel(config), Path("theirs"))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    del model
+    monkeypatch.setattr(checkpoint_contents, "FILE_BYTES", 16_000_000)
+    assert grown_bytes(lambda: hugging_face.import_model(Path("theirs"), Path("ours"))) < size / 3
+    assert grown_bytes(lambda: hugging_face.export(Path("ours"), Path("back"))) < size / 3
+
+
+def grown_bytes(act: Callable[[], Any]) -> int:
+    """By how much the memory of a process that does it grows at most."""
+    context = get_context("fork")
+    result = context.SimpleQueue()
+
+    def child() -> None:
+        before = psutil.Process().memory_info().rss
+        act()
+        result.put(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+    process = context.Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return result.get()
 
 
 def test_what_is_not_understood_is_refused(here: Workplace) -> None:
