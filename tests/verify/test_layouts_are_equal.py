@@ -51,7 +51,7 @@ def test_the_reference_does_what_is_compared(proof: Proof) -> None:
 
 @pytest.mark.parametrize(("precision", "name"), chosen([
     ("fp32", "pp2-1f1b.cp2-ring.mb4 on 4"), ("bf16", "tp2.sp.dp2.zero2.mb2 on 4"), ("fp16", "tp2.sp.dp2.zero2.mb2 on 4"),
-], 2))  # fmt: skip
+], 3))  # fmt: skip
 def test_the_runs_own_precision(precision: str, name: str) -> None:
     with proof_for("gpt", precision) as proof:  # type: ignore[arg-type]
         verdict = proof.verify(parse(name))
