@@ -170,9 +170,12 @@ class ActivationBytes(NamedTuple):
     """The most that comes on top in the backward pass: the gradient of the logits and what the loss widens, or what of a
     block is recomputed and the gradients inside it."""
 
+    deferred: float = 0.0
+    """Where a schedule computes the gradients of weights later than those of inputs: the gradients that weights wait for."""
+
     @property
     def total(self) -> float:
-        """Both."""
+        """What one rank holds of one micro-batch without a pipeline."""
         return self.saved + self.working
 
 
@@ -249,7 +252,8 @@ def activation_bytes(
 
     In the backward pass of a block come on top: at GELU w H + c H + c F, once what was recomputed is there; at attention
     2 c A S (or 4 c H when fused) and w H, when 2 c F + w H + c H have been freed. Where a schedule `splits` the backward
-    pass nothing has, and the gradients that weights wait for, 2 c H + c F, are there too.
+    pass nothing has, and the gradients that weights wait for, 2 c H + c F, are there too; those of other micro-batches are
+    `deferred` (5 c H + c F + 2 w H, of the head c V + w H).
 
     Tensor parallelism divides all of a block but the first line, sequence parallelism that one too (ibid., table 2), and
     of the head c V; context parallelism divides the tokens. A pipeline rank has some `layers`, and perhaps the head.
@@ -266,11 +270,13 @@ def activation_bytes(
     kept = {"none": block + sizes.core, "selective": block, "full": sizes.residual}[recompute]
     count = shape_of(model).layers if layers is None else layers
     working = _working(sizes, block, recompute, splits) if count else 0.0
+    deferred = splits * count * _deferred(sizes, block, recompute)
     if not head:
-        return ActivationBytes(count * kept, working)
+        return ActivationBytes(count * kept, working, deferred)
     saved, logits = _head(model, sequence_length, tokens, predicted_tokens, tensor, (wide, narrow))
     widened = max(4, narrow) * min(2 * CHUNK_ELEMENTS[device], logits / narrow)
-    return ActivationBytes(count * kept + saved, max(logits + widened, working))
+    deferred += splits * (logits + sizes.residual)
+    return ActivationBytes(count * kept + saved, max(logits + widened, working), deferred)
 
 
 def _sizes(
@@ -301,6 +307,13 @@ def _working(sizes: _Sizes, block: float, recompute: Recompute, splits: bool) ->
     if recompute == "selective":
         return max(activation, again + attention)
     return again + max(activation, attention)
+
+
+def _deferred(sizes: _Sizes, block: float, recompute: Recompute) -> float:
+    """The gradients of the outputs of linear layers and norms, for which their weights wait; with recompute=full what was
+    recomputed too, which they need again."""
+    again = block + sizes.core - sizes.residual if recompute == "full" else 0.0
+    return 3 * sizes.heads + sizes.features + 2 * sizes.input + 2 * sizes.residual + again
 
 
 def _head(

@@ -214,9 +214,21 @@ def of_rank(stages: Sequence[Parameters]) -> Parameters:
 def flight(schedule: str, rank: int, ranks: int, virtual: int, micro_batches: int, last: bool) -> InFlight:
     """What a pipeline rank, or a rank without a pipeline, holds of activations; `last` where it has the head."""
     if ranks == 1:
-        return InFlight(1, 1, micro_batches > 1)
+        return InFlight(1, 1, float(micro_batches > 1), 1, 1, 0)
     chunks, heads = in_flight(schedule, rank, ranks, virtual, micro_batches)
-    return InFlight(chunks, heads if last else 0, chunks < virtual * micro_batches)
+    all_ = virtual * micro_batches
+    again, end = float(chunks < all_), chunks
+    if SCHEDULES[schedule].placement == "loop":
+        # backward passes come in rounds, each through one stage of this rank, which has its gradients from then on
+        rounds = (
+            micro_batches if schedule in ("gpipe", "looped_bfs") else micro_batches // max(1, micro_batches // ranks)
+        )
+        again = min(virtual, -(-(all_ - chunks) // rounds)) / virtual
+        end = min(chunks, all_ - (virtual - 1) * rounds)
+    late, waiting = {"interleaved_zero_bubble": (chunks, rank + 1), "zbv": (ranks + rank, 2 * rank + 1)}.get(
+        schedule, (chunks, 0)
+    )
+    return InFlight(chunks, heads if last else 0, again, end, min(late, chunks), min(waiting, late, chunks))
 
 
 def activations_of(

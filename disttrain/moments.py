@@ -71,7 +71,13 @@ class InFlight(NamedTuple):
     heads: Number
     """Of the head."""
     again: Number
-    """Whether there are as many when gradients are there already."""
+    """Share of its stages whose gradients are there already when there are as many."""
+    end: Number
+    """Chunks when the last of its stages gets its gradients."""
+    late: Number
+    """Chunks when the gradients of weights of most of them have to wait."""
+    waiting: Number
+    """Of these: chunks whose gradients of inputs are known, and of weights not yet."""
 
 
 class Moment(NamedTuple):
@@ -102,7 +108,8 @@ def moments(
     own = wide * whole * ((zero > 0) | sharing.accumulates | (not ddp))
     before = buckets + own * flight.again
     scatters = (zero > 1) | ((zero == 1) & ~np.asarray(sharing.accumulates))
-    chunk, others = p.longest * block.saved, np.maximum(flight.heads - 1, 0)
+    others = np.maximum(flight.heads - 1, 0)
+    most, fewer = (_held(p, flight, chunks, block, head) for chunks in (flight.chunks, flight.end - 1))
     has_head = flight.heads > 0
     # what a stage has handed on is held until its backward pass, and a gradient comes or goes
     passing = sharing.passing * sharing.pipelined * (flight.chunks - flight.heads + 1)
@@ -110,26 +117,26 @@ def moments(
         "head": Moment(
             before,
             _copies(p, zero, flight.chunks, flight.heads, 0, wide, narrow),
-            flight.chunks * chunk + flight.heads * head.saved + np.maximum(head.working, narrow * p.head) * has_head,
+            most + flight.heads * head.saved + np.maximum(head.working, narrow * p.head) * has_head,
             passing + wide * p.rest * (zero > 1) * sharing.accumulates,
         ),
         "block": Moment(
             before,
             _copies(p, zero, flight.chunks, others, 1, wide, narrow),
-            flight.chunks * chunk + others * head.saved + block.working * (p.blocks > 0),
+            most + others * head.saved + block.working * (p.blocks > 0),
             passing + wide * p.head * p.tied + _in_a_block(p, zero, scatters, sharing.accumulates, wide, narrow),
         ),
         "end": Moment(
             buckets + own,
-            _copies(p, zero, flight.chunks - 1, others, 1, wide, narrow),
-            (flight.chunks - 1) * chunk + others * head.saved + (block.saved + block.working) * (p.blocks > 0),
+            _copies(p, zero, flight.end - 1, others, 1, wide, narrow),
+            fewer + others * head.saved + (block.saved + block.working) * (p.blocks > 0),
             passing + wide * p.head * p.tied + _in_a_block(p, zero, scatters, sharing.accumulates, wide, narrow)
             + sharing.undecided,
         ),
         "embedding": Moment(
             buckets + own,
-            _copies(p, zero, flight.chunks - 1, others, 0, wide, narrow),
-            (flight.chunks - 1) * chunk + others * head.saved,
+            _copies(p, zero, flight.end - 1, others, 0, wide, narrow),
+            fewer + others * head.saved,
             passing + wide * (p.embedding * (1 + 2 * p.tied) + p.rest * scatters) + sharing.undecided,
         ),
         "sum": Moment(
@@ -138,6 +145,12 @@ def moments(
         ),
     }  # fmt: skip
     return found
+
+
+def _held(p: Parameters, flight: InFlight, chunks: Number, block: ActivationBytes, head: ActivationBytes) -> Number:
+    """Activations of so many chunks, or of fewer with the gradients for which weights wait, whichever is more."""
+    late = p.longest * (np.minimum(chunks, flight.late) * block.saved + flight.waiting * block.deferred)
+    return np.maximum(chunks * p.longest * block.saved, late + np.minimum(flight.waiting, flight.heads) * head.deferred)
 
 
 def _copies(p: Parameters, zero: Number, chunks: Number, heads: Number, at_once: int, wide: int, narrow: int) -> Number:

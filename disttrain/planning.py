@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from disttrain.config.schema import Config
+    from disttrain.planner.report import Counted
     from disttrain.planner.search import Plan
     from disttrain.planner.speeds import Speeds
 
@@ -38,6 +39,12 @@ def plan(
     ] = 0.0,
     top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 10,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: seconds, bytes, shares.")] = False,
+    count: Annotated[
+        bool,
+        typer.Option(
+            "--count", help="Run the fastest layout on tensors without values, and count the memory it holds."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write: the config under the fastest layout.")] = None,
     validate: Annotated[
         bool, typer.Option("--validate", help="Train a sample of layouts on this machine, and show how wrong that was.")
@@ -52,11 +59,7 @@ def plan(
     from disttrain.planner import config as planning
     from disttrain.planner.search import search
 
-    for name, value in (("--table", table), ("--sample", sample)):
-        if value is not None and not validate:
-            raise typer.BadParameter("it goes with --validate only", param_hint=name)
-    if json and validate:
-        raise typer.BadParameter("a validation is a table: --json or --validate", param_hint="--json")
+    _refuse_unused(validate, json, table, sample)
     given = load(config, overrides or [])
     settings = planning.plannable(given)
     speeds = planning.speeds_for(settings, device, gpus, gpus_per_host, between_gbps)
@@ -65,7 +68,8 @@ def plan(
         planning.refuse_validation(given, device, speeds, gpus)
     limit = speeds.memory_bytes * (1 - headroom)
     found = search(settings, gpus, speeds, limit, keep=top)
-    _show(found, settings, gpus, speeds, limit, top, json)
+    counted = _counted(found, settings, gpus, speeds) if count and found.best else None
+    _show(found, settings, gpus, speeds, limit, top, json, counted)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(planning.planned(given, found.best[0].layout), encoding="utf-8")
@@ -74,18 +78,41 @@ def plan(
         raise typer.Exit(_validate(given, settings, gpus, speeds, limit, sample or SAMPLE, table))
 
 
+def _refuse_unused(validate: bool, json: bool, table: Path | None, sample: int | None) -> None:
+    for name, value in (("--table", table), ("--sample", sample)):
+        if value is not None and not validate:
+            raise typer.BadParameter("it goes with --validate only", param_hint=name)
+    if json and validate:
+        raise typer.BadParameter("a validation is a table: --json or --validate", param_hint="--json")
+
+
+def _counted(found: "Plan", settings: "Config", world: int, speeds: "Speeds") -> "Counted":
+    """What the fastest layout's worst rank holds when the code that would train it runs, without values."""
+    from rich.console import Console
+
+    from disttrain.planner.report import Counted
+    from disttrain.rehearsal.everyone import count_most
+
+    best = found.best[0]
+    with Console(stderr=True).status(f"counting the memory of {best.layout.name}"):
+        device_type = "cuda" if speeds.accelerator else "cpu"
+        trace = count_most(best.layout.applied(settings), world, best.memory.stage, device_type)
+    return Counted(trace.rank, trace.live and trace.live.total, trace.error)
+
+
 def _show(
-    found: "Plan", settings: "Config", world: int, speeds: "Speeds", limit: float, top: int, as_json: bool
-) -> None:
+    found: "Plan", settings: "Config", world: int, speeds: "Speeds", limit: float, top: int, as_json: bool,
+    counted: "Counted | None",
+) -> None:  # fmt: skip
     """Print the plan. Ends with exit code 1, and what would help, where nothing fits."""
     from disttrain.loggers.console import for_tables
     from disttrain.planner import config as planning
     from disttrain.planner import report
 
     if as_json:
-        typer.echo(json_text.dumps(report.as_values(found, settings, world, speeds, limit, top), indent=2))
+        typer.echo(json_text.dumps(report.as_values(found, settings, world, speeds, limit, top, counted), indent=2))
     else:
-        for_tables().print(report.shown(found, settings, world, speeds, limit, top), highlight=False)
+        for_tables().print(report.shown(found, settings, world, speeds, limit, top, counted), highlight=False)
     if not found.best:
         enough = planning.enough_ranks(settings, world, speeds, limit)
         for line in report.nothing_fits(found, limit, enough, world):

@@ -1,7 +1,7 @@
 """What `disttrain plan` shows: the fastest layouts, where time and memory go, why others are none. No torch."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group
 from rich.table import Table
@@ -18,12 +18,37 @@ TIMES = ("compute", "tensor", "context", "data", "pipeline", "bubble", "optimize
 BYTES = ("weights", "copies", "gradients", "optimizer", "activations", "feedback", "buffers", "runtime")
 
 
-def shown(plan: Plan, config: Config, world: int, speeds: Speeds, memory_bytes: float, top: int) -> Group:
+class Counted(NamedTuple):
+    """What a rank of the fastest layout held when its code was run on tensors without values."""
+
+    rank: int
+    live_bytes: int | None
+    """Bytes of the tensors alive at the peak; None where it failed."""
+    error: str | None
+
+
+def shown(
+    plan: Plan,
+    config: Config,
+    world: int,
+    speeds: Speeds,
+    memory_bytes: float,
+    top: int,
+    counted: Counted | None = None,
+) -> Group:
     """The plan, as tables."""
     best = plan.best[:top]
     parts: list[Any] = [_head(plan, config, world, speeds), ""]
     if best:
-        parts += [_steps(best), "", _times(best), "", _memory(best, memory_bytes), ""]
+        parts += [
+            _steps(best),
+            "",
+            _times(best),
+            "",
+            _memory(best, memory_bytes),
+            *_count(best[0], counted, memory_bytes),
+            "",
+        ]
     parts += [*_rejected(plan), "", *_conventions(config, speeds, best), *_notes(speeds, config)]
     return Group(*parts)
 
@@ -80,6 +105,28 @@ def _memory(best: list[Prediction], memory_bytes: float) -> Group:
         stage = str(one.memory.stage) if one.layout.pipeline > 1 else "-"
         table.add_row(str(place), stage, *cells, f"{one.memory.total / GIB:.2f}")
     return _titled(f"memory of the worst rank, GiB of {memory_bytes / GIB:.1f}; stage: its pipeline rank", table)
+
+
+def _count(best: Prediction, counted: Counted | None, memory_bytes: float) -> Iterator[Text]:
+    if counted is None:
+        return
+    if counted.live_bytes is None:
+        yield Text(f"  1: its rank {counted.rank} could not be run: {counted.error}")
+        return
+    runtime = best.memory.runtime
+    predicted, together = best.memory.total - runtime, counted.live_bytes + runtime
+    yield Text(
+        f"  1 counted, its rank {counted.rank} run on tensors without values: {counted.live_bytes / GIB:.2f} GiB of "
+        f"tensors; predicted {predicted / GIB:.2f}, {_off(predicted / counted.live_bytes - 1)}"
+    )
+    if together > memory_bytes:
+        yield Text(
+            f"    with the runtime {together / GIB:.2f} GiB: it does not fit; plan with --headroom", style="bold red"
+        )
+
+
+def _off(share: float) -> str:
+    return f"{100 * abs(share):.1f} % too {'much' if share > 0 else 'little'}"
 
 
 def _titled(title: str, table: Table) -> Group:
@@ -142,7 +189,15 @@ def config_notes(config: Config) -> list[str]:
     return notes
 
 
-def as_values(plan: Plan, config: Config, world: int, speeds: Speeds, memory_bytes: float, top: int) -> dict[str, Any]:
+def as_values(
+    plan: Plan,
+    config: Config,
+    world: int,
+    speeds: Speeds,
+    memory_bytes: float,
+    top: int,
+    counted: Counted | None = None,
+) -> dict[str, Any]:
     """The plan as JSON would have it: seconds, bytes, shares."""
     return {
         "ranks": world,
@@ -156,6 +211,7 @@ def as_values(plan: Plan, config: Config, world: int, speeds: Speeds, memory_byt
         "legal": plan.legal,
         "fitting": plan.fitting,
         "layouts": [_values(one) for one in plan.best[:top]],
+        "first_counted": None if counted is None else counted._asdict(),
         "too_large": [rejection._asdict() for rejection in plan.too_large],
         "illegal": [rejection._asdict() for rejection in plan.illegal],
         "notes": [*speeds.notes, *config_notes(config)],

@@ -199,7 +199,11 @@ class _Tables:
         axes = self.axes.tensor, cut.sequence, self.axes.context, cut.context_method, self.axes.pipeline, cut.schedule
         found = [self.predictor.footprint.active(sequences, recompute, *axes) for sequences, recompute in works]
         table: Any = np.array([[*block, *head, passing] for block, head, passing in found])[:, :, None]
-        return ActivationBytes(table[:, 0], table[:, 1]), ActivationBytes(table[:, 2], table[:, 3]), table[:, 4]
+        return (
+            ActivationBytes(*table[:, :3].swapaxes(0, 1)),
+            ActivationBytes(*table[:, 3:6].swapaxes(0, 1)),
+            table[:, 6],
+        )
 
 
 def _fitting(tables: _Tables, cut: Cut, memory_bytes: float, tally: _Tally) -> Iterator[_Candidate]:

@@ -2,18 +2,24 @@
 
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from disttrain.config.schema import Config
+from disttrain.config.load import with_values
+from disttrain.config.schema import Config, ParallelConfig
+from disttrain.costs import CHUNK_ELEMENTS
 from disttrain.failures import unwrapped
 from disttrain.hang import stacks
 from disttrain.hang.observer import raised_at
+from disttrain.memory import in_flight
 from disttrain.mesh import Mesh, build_mesh
 from disttrain.rehearsal.records import Trace
 from disttrain.rehearsal.trace import trace
+from disttrain.stages import virtual_stages
 
 FEW = 8
 """Ranks that are not worth a process: the first one in it takes several times as long as the next."""
@@ -45,6 +51,49 @@ def rehearse(config: Config, world_size: int) -> list[Trace]:
         return [_rehearse(config, world_size, rank) for rank in ranks]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
         return list(pool.map(partial(_rehearse, config, world_size), ranks))
+
+
+def count_most(config: Config, world_size: int, pipeline_rank: int, device_type: str) -> Trace:
+    """The trace of the rank that holds most of a pipeline rank, with its live bytes.
+
+    The step is no longer than it takes to hold as much: one of thousands of micro-batches is counted in the time of a few.
+    """
+    mesh = build_mesh(config.parallel, world_size)
+    sequences = config.train.global_batch_size // mesh.data_ranks
+    size = config.train.micro_batch_size or sequences
+    count = micro_batches_that_fill(config.parallel, sequences // size)
+    short = with_values(config, {"train.global_batch_size": mesh.data_ranks * size * count})
+    with rows_widened_as_on(device_type):
+        return _rehearse(short, world_size, ranks_that_hold_most(mesh)[pipeline_rank])
+
+
+@contextmanager
+def rows_widened_as_on(device_type: str) -> Iterator[None]:
+    """Let the loss take as many rows of logits at once as on this kind of device, though they are on a CPU here."""
+    here = CHUNK_ELEMENTS["cpu"]
+    CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS[device_type]
+    try:
+        yield
+    finally:
+        CHUNK_ELEMENTS["cpu"] = here
+
+
+def micro_batches_that_fill(parallel: ParallelConfig, there: int) -> int:
+    """How many of a step's micro-batches fill every pipeline rank as all of them do, one following upon another.
+
+    2 without a pipeline; with one, one more than it has ranks, or two rounds, where its schedule never holds more.
+    """
+    ranks = parallel.pipeline
+    if ranks == 1:
+        return min(there, 2)
+    virtual = virtual_stages(parallel.schedule, parallel.virtual_stages)
+
+    def held(count: int) -> list[tuple[int, int]]:
+        return [in_flight(parallel.schedule, rank, ranks, virtual, count) for rank in range(ranks)]
+
+    fewer = ranks + 1 if virtual == 1 else 2 * ranks
+    whole_rounds = virtual == 1 or there % ranks == 0
+    return fewer if whole_rounds and fewer < there and held(fewer) == held(there) else there
 
 
 def _rehearse(config: Config, world_size: int, rank: int) -> Trace:

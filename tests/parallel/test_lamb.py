@@ -43,7 +43,7 @@ def alone_trained() -> dict:
     return run_ranks(train, 1, settings("one process")[1], 1)[0]
 
 
-@pytest.mark.parametrize("name", chosen([*MORE, *(n for n in LAYOUTS if n != "one process")], 2))
+@pytest.mark.parametrize("name", chosen([*MORE, *(n for n in LAYOUTS if n != "one process")], 3))
 def test_every_layout_equals_one_process(name: str) -> None:
     world, config = settings(name)
     alone = alone_trained()

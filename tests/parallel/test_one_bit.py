@@ -183,7 +183,7 @@ def test_copies_agree_and_it_learns(codec: str, layout: str) -> None:
             for warmup in (2, 3, 4)
             for codec, layout in (("onebit_adam", "dp2"), ("onebit_lamb", "tp2.dp2"), ("onebit_adam", "pp2.dp2"))
         ],
-        2,
+        3,
     ),
 )
 def test_resume_is_bit_exact(tmp_path: Path, codec: str, layout: str, warmup: int) -> None:

@@ -164,7 +164,7 @@ def _adasum_of_two(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("method", "layout"), chosen([
     *(("streaming", layout) for layout in LAYOUTS), ("nesterov", "dp4"), ("nesterov", "tp2.dp2"), ("average", "dp4"),
     ("average", "pp2.dp2"), ("adasum", "dp4"), ("adasum", "dp2.mb2"), ("adasum", "tp2.sp.dp2"), ("adasum", "pp2.dp2"),
-], 2))  # fmt: skip
+], 3))  # fmt: skip
 def test_workers_and_outer_steps_are_those_done_by_hand(method: str, layout: str) -> None:
     world, values = LAYOUTS[layout]
     config = outer_config(method, **values)
@@ -268,7 +268,7 @@ def test_resume_within_a_round_is_bit_exact(tmp_path: Path, method: str, layout:
 @pytest.mark.parametrize(("before", "after"), chosen([
     ("dp2", "tp2.dp2"), ("tp2.dp2", "dp2"), ("dp2", "dp4.zero3.rep2"), ("dp4.zero2.rep2.mb1", "dp2"), ("pp2.dp2", "dp2"),
     ("dp2", "pp2.dp2"),
-], 2))  # fmt: skip
+], 3))  # fmt: skip
 def test_as_many_workers_of_another_layout_go_on_alike(tmp_path: Path, before: str, after: str) -> None:
     (world, values), (later_world, later) = LAYOUTS[before], LAYOUTS[after]
     config = outer_config("streaming", **values)

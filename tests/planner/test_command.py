@@ -30,11 +30,12 @@ def disttrain(folder: Path, *words: str) -> CompletedProcess:
 def test_the_best_config_is_written_and_passes_check(tmp_path: Path) -> None:
     given = str(ROOT / "configs/gpt_3d.yaml")
     done = disttrain(
-        tmp_path, "plan", given, "--gpus", "16", "--device", "h100-sxm", "--top", "3", "--out", "best.yaml"
+        tmp_path, "plan", given, "--gpus", "16", "--device", "h100-sxm", "--top", "3", "--out", "best.yaml", "--count"
     )
     assert done.returncode == 0, done.stderr
     for words in ("legal layouts", "MFU full", "memory of the worst rank", "peak: 990 TFLOP/s", "H100 datasheet",
-                  "8 heads cannot be split evenly over 16 ranks", "6 N", "written: best.yaml"):  # fmt: skip
+                  "8 heads cannot be split evenly over 16 ranks", "run on tensors without values",
+                  "6 N", "written: best.yaml"):  # fmt: skip
         assert words in done.stdout, done.stdout
     checked = disttrain(tmp_path, "check", "best.yaml", "--world-size", "16", *SMALL)
     assert checked.returncode == 0, checked.stderr
@@ -56,6 +57,7 @@ def test_json_holds_what_the_tables_show(tmp_path: Path) -> None:
     assert sum(first["seconds"].values()) == pytest.approx(first["step_seconds"])
     parts = [amount for name, amount in first["memory_bytes"].items() if name != "together"]
     assert sum(parts) == pytest.approx(first["memory_bytes"]["together"])
+    assert values["first_counted"] is None
     assert {"MFU full", "MFU causal", "HFU", "6 N"} == {row["name"] for row in values["conventions"]}
     assert "written: a/b.yaml" in done.stderr
     assert load(tmp_path / "a/b.yaml").parallel.zero == first["settings"]["parallel.zero"]

@@ -62,7 +62,7 @@ NOTHING = costs.ActivationBytes(0.0, 0.0)
 def at_moments(stage: Parameters, zero: int, ranks: int, wide: int = 4, narrow: int = 4, several: bool = True) -> Any:
     """Of a rank whose activations are nothing, as one of so many ranks."""
     sharing = Sharing(zero, several, ranks > 1, False, 0.0)
-    return moments(stage, sharing, InFlight(1, 1, several), NOTHING, NOTHING, wide, narrow)
+    return moments(stage, sharing, InFlight(1, 1, several, 1, 1, 0), NOTHING, NOTHING, wide, narrow)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -119,7 +119,7 @@ def test_what_comes_and_goes() -> None:
 
 
 def test_gradients_of_a_pipeline_are_summed_in_flat_copies() -> None:
-    flight = InFlight(chunks=3, heads=0, again=False)
+    flight = InFlight(chunks=3, heads=0, again=0.0, end=3, late=3, waiting=0)
     found = moments(STAGE, Sharing(0, True, True, True, 10.0), flight, costs.ActivationBytes(7.0, 5.0), NOTHING, 4, 2)
     assert found["sum"].total == 2 * 4 * 62
     assert found["block"].activations == 3 * 4 * 7 + 5 and found["block"].gradients == 0
@@ -193,6 +193,48 @@ def test_activations_in_flight_are_those_of_torchs_schedules(schedule: str) -> N
                         assert got_last == of_last
                     compared += 1
     assert compared >= 50
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv"])
+def test_gradients_of_weights_wait_as_in_torchs_schedules(schedule: str) -> None:
+    """So many chunks are held, and so many of them wait, at one moment of torch's list; and never more of both."""
+    for size in (2, 4, 8):
+        for rank, actions in actions_of(schedule, size, 2, 3 * size).items():
+            at = memory.flight(schedule, rank, size, 2, 3 * size, False)
+            seen = held_and_waiting(actions)
+            assert (at.late, at.waiting) in seen, (size, rank)
+            for share in (0.7, 3.0):
+                most = max(held + share * waiting for held, waiting in seen)
+                assert max(at.chunks + share, at.late + share * at.waiting) == pytest.approx(most), (size, rank, share)
+
+
+def held_and_waiting(actions: list) -> set[tuple[int, int]]:
+    """Chunks that are held, and those of them whose weights' gradients are still to come, after every action."""
+    held: set[tuple[int, int]] = set()
+    waiting: set[tuple[int, int]] = set()
+    seen = set()
+    for action in actions:
+        for part in () if action is None else action.sub_actions or (action,):
+            chunk, kind = (part.stage_index, part.microbatch_index), part.computation_type.name
+            if kind == "FORWARD":
+                held.add(chunk)
+            elif kind == "BACKWARD_INPUT":
+                waiting.add(chunk)
+            else:
+                held.discard(chunk)
+                waiting.discard(chunk)
+            seen.add((len(held), len(waiting)))
+    return seen
+
+
+def test_a_short_step_has_gradients_when_activations_go() -> None:
+    """Interleaved in two rounds of two: all six are forward before the first of three stages has a gradient."""
+    short = memory.flight("interleaved_1f1b", 0, 2, 3, 2, False)
+    assert (short.chunks, short.again, short.end) == (6, 0.0, 2)
+    long = memory.flight("interleaved_1f1b", 0, 2, 3, 12, False)
+    assert (long.again, long.end) == (1.0, long.chunks)
+    first = memory.flight("looped_bfs", 0, 2, 4, 3, False)
+    assert (first.chunks, first.again, first.end) == (12, 0.0, 3)
 
 
 def test_activations_in_flight_of_one_stage_a_rank() -> None:
@@ -296,7 +338,7 @@ def test_check_shows_the_layout(tmp_path: Any) -> None:
     expected = [
         "pipeline 2 x replicate 1 x shard 2 x context 2 x tensor 2", "2 heads a rank", "64 of 128 tokens a rank, ring",
         "zbv, 8 micro-batches, theoretical bubble 2.0%", "layers 0-1 and 6-7", "layers 2-3 and 4-5",
-        "stage 2 over 4 ranks, kept in host memory", "pipeline rank 0, the worst", "of these in host memory",
+        "stage 2 over 4 ranks, kept in host memory", "pipeline rank 1, the worst", "of these in host memory",
     ]  # fmt: skip
     for words in expected:
         assert words in text, text

@@ -23,6 +23,7 @@ from disttrain.rehearsal.report import held
 from disttrain.rehearsal.trace import count_here, rehearsed, steps, trace
 from disttrain.verify.layouts import parse
 from disttrain.verify.ranks import Ranks
+from tests.chosen import chosen
 from tests.verify.small import config_for
 
 SMALL = {"model.layers": 2, "train.global_batch_size": 2, "train.steps": 3, "precision": "bf16"}
@@ -43,15 +44,18 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [
-        ("dp2.zero2 on 2", {"precision": "fp16"}),
-        ("dp2.zero3.full.mb1 on 2", {"train.global_batch_size": 4}),
-        ("dp2.zero2.mb1 on 2", {"compression.codec": "sign", "precision": "fp16", "compression.min_elements": 1}),
-        ("dp2 on 2", {"outer.method": "nesterov", "outer.every": 2}),
-        ("tp2.sp.pp2-1f1b.mb1 on 4", {"precision": "fp32", "optim.name": "lamb", "train.global_batch_size": 4}),
-        ("cp2-ring.zero1 on 2", {"precision": "fp32"}),
-        ("cp2-ulysses on 2", {"family": "bert", "train.global_batch_size": 4}),
-    ],
+    chosen(
+        [
+            ("dp2.zero2 on 2", {"precision": "fp16"}),
+            ("dp2.zero3.full.mb1 on 2", {"train.global_batch_size": 4}),
+            ("dp2.zero2.mb1 on 2", {"compression.codec": "sign", "precision": "fp16", "compression.min_elements": 1}),
+            ("dp2 on 2", {"outer.method": "nesterov", "outer.every": 2}),
+            ("tp2.sp.pp2-1f1b.mb1 on 4", {"precision": "fp32", "optim.name": "lamb", "train.global_batch_size": 4}),
+            ("cp2-ring.zero1 on 2", {"precision": "fp32"}),
+            ("cp2-ulysses on 2", {"family": "bert", "train.global_batch_size": 4}),
+        ],
+        2,
+    ),
 )
 def test_fake_tensors_are_counted_as_real_ones_are(ranks: Ranks, name: str, values: dict[str, Any]) -> None:
     """To the byte, by part, with step, phase and operator, on the first and the last rank."""
@@ -115,13 +119,19 @@ def test_the_allocator_has_handed_out_as_much(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "batch", "values"),
-    [
-        ("mb1 on 1", 2, {}),
-        ("dp4.zero3.full.mb1 on 4", 8, {}),
-        ("tp2.sp.mb2 on 2", 4, {"precision": "fp32"}),
-        ("pp2-1f1b.mb1 on 2", 4, {"family": "bert"}),
-        ("tp2.sp.pp2-1f1b.dp2.zero1.mb1 on 8", 8, {}),
-    ],
+    chosen(
+        [
+            ("mb1 on 1", 2, {}),
+            ("dp4.zero3.full.mb1 on 4", 8, {}),
+            ("tp2.sp.mb2 on 2", 4, {"precision": "fp32"}),
+            ("pp2-1f1b.mb1 on 2", 4, {"family": "bert"}),
+            ("tp2.sp.pp2-1f1b.dp2.zero1.mb1 on 8", 8, {}),
+            ("tp2.sp.pp2-looped_bfs-v2.mb1 on 4", 4, {}),
+            ("tp2.sp.pp4-interleaved_zero_bubble-v2.mb1 on 8", 8, {"model.layers": 8}),
+            ("pp4-zbv.mb1 on 4", 12, {"model.layers": 8}),
+        ],
+        3,
+    ),
 )
 def test_the_formulas_are_near_what_is_counted(name: str, batch: int, values: dict[str, Any]) -> None:
     """Within 5 % of the fake ranks' peak, on a model whose matrices are larger than its odds and ends; two micro-batches."""
