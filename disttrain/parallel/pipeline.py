@@ -68,7 +68,8 @@ class Pipeline:
         self._clock = Clock(device)
         hidden = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
         self._stages = [
-            Stage(model, number, self.stages, group, device, hidden, zero, self._clock) for number, model in chunks
+            Stage(model, number, self.stages, group, device, hidden, zero, self._clock, len(chunks) == 1)
+            for number, model in chunks
         ]
         made: Any = get_schedule_class(TORCH_NAMES[schedule])
         single = issubclass(made, PipelineScheduleSingle)
@@ -86,6 +87,8 @@ class Pipeline:
         last = self._stages[-1].is_last
         with self._clock.whole():
             self._schedule.step(target=self._targets if last else None, return_outputs=False)
+            for stage in self._stages:
+                stage.settle()
         for stage in self._stages:
             stage.chunk.run = None
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _batch_p2p
 
 from disttrain import ranges
 from disttrain.parallel.data import sharded_modules
@@ -20,6 +21,10 @@ from disttrain.parallel.groups import Group
 
 Run = Callable[[Any, int, Tensor | None], Tensor]
 """(chunk, micro-batch number, x [B, S, H] or None) -> [B, S, H], or the scalar to differentiate."""
+
+
+UNDER_WAY = 2
+"""Messages in one direction that a stage has sent and may not be received yet, where it is one of several on its rank."""
 
 
 class Clock:
@@ -98,12 +103,16 @@ class Stage(PipelineStage):
         hidden: Tensor,
         zero: int,
         clock: Clock,
+        alone: bool,
     ):
+        """`alone`: it is the only one on its rank."""
         last = number == stages - 1
         self.model, self.chunk = model, _Chunk(model, hidden.dtype, last)
         self._hidden, self._zero, self._clock, self._traffic = hidden, zero, clock, group.traffic
         self._sharded = sharded_modules(model)
         self._nothing = torch.empty(0, device=device)
+        self._alone = alone
+        self._leaving: dict[str, deque[list[dist.Work]]] = {"forward": deque(), "backward": deque()}
         output = torch.empty((), dtype=hidden.dtype, device="meta", requires_grad=True) if last else hidden
         super().__init__(
             self.chunk,
@@ -209,13 +218,34 @@ class Stage(PipelineStage):
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Sends of hidden states, counted."""
-        return self._counted(super().get_fwd_send_ops(fwd_chunk_id))
+        return self._sent("forward", super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Sends of gradients, counted."""
-        return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
+        return self._sent("backward", super().get_bwd_send_ops(bwd_chunk_id))
 
-    def _counted(self, ops: list[dist.P2POp]) -> list[dist.P2POp]:
+    def _sent(self, direction: str, ops: list[dist.P2POp]) -> list[dist.P2POp]:
+        """Those that torch has yet to start. Schedules of several stages a rank would hold all that a step sends, tensors
+        included, until the step ends: theirs are started here, and waited for when `UNDER_WAY` more have been.
+
+        That waits for no rank that waits for this one: torch puts a receive into the list of its rank when it puts the send
+        into this one's, so that what comes before it there needs nothing that this rank does later.
+        """
         for op in ops:
             self._traffic.add(op.tensor)
-        return ops
+        if self._alone or not ops:
+            return ops
+        self._leaving[direction].append(_batch_p2p(ops))
+        self._settle(direction, UNDER_WAY)
+        return []
+
+    def settle(self) -> None:
+        """The step is over: wait for what it has sent last."""
+        for direction in self._leaving:
+            self._settle(direction, 0)
+
+    def _settle(self, direction: str, under_way: int) -> None:
+        leaving = self._leaving[direction]
+        while len(leaving) > under_way:
+            for work in leaving.popleft():
+                work.wait()

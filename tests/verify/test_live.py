@@ -124,8 +124,9 @@ def test_the_allocator_has_handed_out_as_much(tmp_path: Path) -> None:
             ("mb1 on 1", 2, {}),
             ("dp4.zero3.full.mb1 on 4", 8, {}),
             ("tp2.sp.mb2 on 2", 4, {"precision": "fp32"}),
-            ("pp2-1f1b.mb1 on 2", 4, {"family": "bert"}),
+            ("pp4-interleaved_1f1b-v2.mb1 on 4", 12, {"model.layers": 8}),
             ("tp2.sp.pp2-1f1b.dp2.zero1.mb1 on 8", 8, {}),
+            ("pp2-1f1b.mb1 on 2", 4, {"family": "bert"}),
             ("tp2.sp.pp2-looped_bfs-v2.mb1 on 4", 4, {}),
             ("tp2.sp.pp4-interleaved_zero_bubble-v2.mb1 on 8", 8, {"model.layers": 8}),
             ("pp4-zbv.mb1 on 4", 12, {"model.layers": 8}),
@@ -138,7 +139,7 @@ def test_the_formulas_are_near_what_is_counted(name: str, batch: int, values: di
     wide = {"model.layers": 4, "model.hidden_size": 256, "model.heads": 4, "model.ffn_hidden_size": 1024,
             "model.vocab_size": 2048, "model.max_positions": 128, "data.sequence_length": 128,
             "model.dropout": 0.0, "train.global_batch_size": batch}  # fmt: skip
-    config, world = laid_out(name, **wide, **values)
+    config, world = laid_out(name, **{**wide, **values})
     mesh = build_mesh(config.parallel, world)
     count = config.train.global_batch_size // mesh.data_ranks // (config.train.micro_batch_size or 1)
     predicted = memory.predict(config, mesh, config.precision, count, "cpu")  # pyright: ignore[reportArgumentType]
