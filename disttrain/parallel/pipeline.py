@@ -68,8 +68,7 @@ class Pipeline:
         self._clock = Clock(device)
         hidden = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
         self._stages = [
-            Stage(model, number, self.stages, group, device, hidden, zero, self._clock, len(chunks) == 1)
-            for number, model in chunks
+            Stage(model, number, self.stages, group, device, hidden, zero, self._clock) for number, model in chunks
         ]
         made: Any = get_schedule_class(TORCH_NAMES[schedule])
         single = issubclass(made, PipelineScheduleSingle)

@@ -103,15 +103,13 @@ class Stage(PipelineStage):
         hidden: Tensor,
         zero: int,
         clock: Clock,
-        alone: bool,
     ):
-        """`alone`: it is the only one on its rank."""
         last = number == stages - 1
         self.model, self.chunk = model, _Chunk(model, hidden.dtype, last)
         self._hidden, self._zero, self._clock, self._traffic = hidden, zero, clock, group.traffic
         self._sharded = sharded_modules(model)
         self._nothing = torch.empty(0, device=device)
-        self._alone = alone
+        self._alone = stages == group.size  # on its rank
         self._leaving: dict[str, deque[list[dist.Work]]] = {"forward": deque(), "backward": deque()}
         output = torch.empty((), dtype=hidden.dtype, device="meta", requires_grad=True) if last else hidden
         super().__init__(

@@ -88,7 +88,7 @@ def test_a_checkpoint_moves_between_layouts(tmp_path: Path, family: str) -> None
 
 @pytest.mark.parametrize("number", chosen(range(1, len(LAYOUTS)), 3))
 def test_low_precision_follows_fp64(number: int) -> None:
-    """fp16, which has most of its own, under every layout; fp32 and bf16 under every second one."""
+    """fp16, which has most of its own, under each of them; fp32 and bf16 in turns."""
     for precision in ("fp16", ("fp32", "bf16")[number % 2]):
         follows_fp64(list(LAYOUTS)[number], precision, {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}[precision])
 

@@ -16,7 +16,7 @@ from disttrain import memory
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config
 from disttrain.mesh import build_mesh
-from disttrain.rehearsal.everyone import ranks_that_hold_most
+from disttrain.rehearsal.everyone import count_most, micro_batches_that_fill, ranks_that_hold_most
 from disttrain.rehearsal.live import counting
 from disttrain.rehearsal.records import PARTS, LiveBytes
 from disttrain.rehearsal.report import held
@@ -135,7 +135,7 @@ def test_the_allocator_has_handed_out_as_much(tmp_path: Path) -> None:
     ),
 )
 def test_the_formulas_are_near_what_is_counted(name: str, batch: int, values: dict[str, Any]) -> None:
-    """Within 5 % of the fake ranks' peak, on a model whose matrices are larger than its odds and ends; two micro-batches."""
+    """Within 5 % of the fake ranks' peak, on a model whose matrices are larger than its odds and ends."""
     wide = {"model.layers": 4, "model.hidden_size": 256, "model.heads": 4, "model.ffn_hidden_size": 1024,
             "model.vocab_size": 2048, "model.max_positions": 128, "data.sequence_length": 128,
             "model.dropout": 0.0, "train.global_batch_size": batch}  # fmt: skip
@@ -147,6 +147,15 @@ def test_the_formulas_are_near_what_is_counted(name: str, batch: int, values: di
         live = trace(config, world, rank, count=True).live
         assert live is not None
         assert predicted[stage].total == pytest.approx(live.total, rel=0.05), (rank, live, predicted[stage])
+
+
+def test_a_short_step_holds_as_much_as_a_long_one() -> None:
+    """But for the tokens, of which a long one has more."""
+    config, world = laid_out("pp2-1f1b.mb1 on 2", **{"train.global_batch_size": 8})
+    assert micro_batches_that_fill(config.parallel, 8) == 3
+    short, long = count_most(config, world, 0, "cpu").live, trace(config, world, 0, count=True).live
+    assert short is not None and long is not None
+    assert short.total == pytest.approx(long.total, rel=0.02)
 
 
 def test_the_table_has_a_row_for_each_pipeline_rank() -> None:
