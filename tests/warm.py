@@ -4,11 +4,14 @@ Each process of pytest has one fork server (multiprocessing's), which only impor
 tests/launchers, tests/unit/test_interruption.py and under torchrun.
 """
 
+import ctypes
 import os
 import runpy
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,6 +19,30 @@ from subprocess import CompletedProcess, TimeoutExpired
 
 IMPORTS = ["disttrain.cli", "disttrain.preflight", "disttrain.overview", "disttrain.preparing", "disttrain.elastic",
            "disttrain.run", "disttrain.local_ranks", "disttrain.engines.native", "matplotlib.pyplot"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process runs, and as what."""
+
+    host: str
+    """Name of a network namespace, and of the host."""
+    environment: Mapping[str, str]
+    """What is set there besides."""
+
+    def enter(self) -> None:
+        """Move the calling process there. Raises OSError."""
+        with open(f"/var/run/netns/{self.host}", "rb") as file:
+            for moved in (_LIBC.setns(file.fileno(), _NETWORK), _LIBC.unshare(_NAMES)):
+                if moved != 0:
+                    raise OSError(ctypes.get_errno(), f"a process cannot move to {self.host}")
+        socket.sethostname(self.host)
+        os.environ.update(self.environment)
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_NETWORK, _NAMES = 0x40000000, 0x04000000
+"""CLONE_NEWNET and CLONE_NEWUTS of Linux; Python has them, and setns, from 3.12 on."""
 
 
 def run(words: Sequence[str], folder: Path, environment: Mapping[str, str], timeout_s: float) -> CompletedProcess:
@@ -33,9 +60,10 @@ def run(words: Sequence[str], folder: Path, environment: Mapping[str, str], time
 
 def start(
     words: Sequence[str], folder: Path, environment: Mapping[str, str], out: Path, err: Path, apart: bool = False,
-    script: Path | None = None,
+    script: Path | None = None, places: Sequence[Place] = (),
 ) -> BaseProcess:  # fmt: skip
-    """Start `disttrain WORDS`, or a script, in a folder, its output in two files; `apart`: in a process group of its own."""
+    """Start `disttrain WORDS`, or a script, in a folder, its output in two files; `apart`: in a process group of its own;
+    `places`: once in each of them, and the exit code is theirs."""
     context = get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     before = os.environ.get("OMP_NUM_THREADS")
@@ -44,7 +72,8 @@ def start(
         forkserver.ensure_running()
     finally:
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-    process = context.Process(target=_main, args=(list(words), folder, dict(environment), out, err, apart, script))
+    arguments = (list(words), folder, dict(environment), out, err, apart, script, list(places))
+    process = context.Process(target=_main, args=arguments)
     process.start()
     return process
 
@@ -89,9 +118,21 @@ class Running:
         return self.output.read_text()
 
 
+def _everywhere(places: Sequence[Place]) -> set[int]:
+    """Go on in each place, in a child of this process, which waits, and gets their exit codes; a child gets none."""
+    children = []
+    for place in places:
+        if (child := os.fork()) == 0:
+            place.enter()
+            return set()
+        children.append(child)
+    return {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+
+
 def _main(
-    words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path, apart: bool, script: Path | None
-) -> None:
+    words: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path, apart: bool, script: Path | None,
+    places: list[Place],
+) -> None:  # fmt: skip
     if apart:
         os.setsid()
     for path, number in ((out, 1), (err, 2)):
@@ -100,6 +141,8 @@ def _main(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if places and (codes := _everywhere(places)):
+        sys.exit(codes.pop() if len(codes) == 1 else f"the processes ended with {sorted(codes)}")
     sys.argv = [str(script or "disttrain"), *words]
     if script is not None:
         runpy.run_path(str(script), run_name="__main__")

@@ -1,8 +1,8 @@
 """A run that is hit at random moments, again and again, in one layout after the other, must end as if nothing had been.
 
 ``python -m tests.faults.chaos --seconds 180 --seed 1`` trains a small GPT in float64 on four local ranks. Each start of the
-same command ends by a blow: a rank or the whole job is killed, asked to stop, or stopped; a checkpoint is spoiled; a disk
-refuses. When time is up the run is finished, and compared with one process that nobody disturbed.
+same command ends by a blow: a rank or the whole job is killed, asked to stop, or stopped; the link of a host is cut; a
+checkpoint is spoiled; a disk refuses. When time is up the run is finished, and compared with one process that nobody disturbed.
 """
 
 import argparse
@@ -10,7 +10,8 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,12 +19,14 @@ import torch
 import yaml
 
 from disttrain import checkpoint
+from tests.components import PRESENT
 from tests.faults.job import (
     EVERY,
     PATIENCE_S,
     Job,
     WentWrong,
     ask_to_stop,
+    cut_off_a_host,
     delete_a_file,
     flip_a_bit,
     kill_a_rank,
@@ -35,10 +38,12 @@ from tests.faults.job import (
     refuse_the_disk,
     spoiled,
     start,
+    start_on,
     stop_a_rank,
     truncate,
     write_corpus,
 )
+from tests.launchers.hosts import Hosts
 
 BATCH, SEQUENCE = 8, 32
 SETTINGS = {
@@ -83,6 +88,7 @@ FAULTS: dict[str, tuple[Callable[[Job, random.Random], None], int | None]] = {
     "all ranks killed": (kill_the_job, -9),
     "SIGTERM": (ask_to_stop, 130),
     "one rank stopped": (stop_a_rank, 1),
+    "one of two hosts cut off": (cut_off_a_host, 1),
     "disk full for a rank": (refuse_the_disk, 1),
     "bit flipped": (spoiled(flip_a_bit), -9),
     "file cut off": (spoiled(truncate), -9),
@@ -90,31 +96,48 @@ FAULTS: dict[str, tuple[Callable[[Job, random.Random], None], int | None]] = {
     "half-written folder": (spoiled(leave_half_written), -9),
 }
 """What happens to the job, and the exit code that it must end with."""
+WAIT_IS_SHORT = ["one rank stopped", "one of two hosts cut off"]
+
+
+def possible() -> list[str]:
+    """The faults that can strike on this machine."""
+    emulated, _ = PRESENT["namespaces"]
+    return [fault for fault in sorted(FAULTS) if FAULTS[fault][0] is not cut_off_a_host or emulated()]
 
 
 def chaos(folder: Path, seed: int, goes_on: Callable[[int, float], bool]) -> list[Blow]:
     """Blows at a run in an empty folder, every kind in turn, while `goes_on` says so of their number and of the seconds
     since the first start; then its end. Raises WentWrong."""
-    dice, began = random.Random(seed), time.monotonic()
+    dice, began, faults = random.Random(seed), time.monotonic(), possible()
     blows: list[Blow] = []
     (folder / "hit.yaml").write_text(yaml.safe_dump(SETTINGS))
     write_corpus(folder / "corpus.txt")
     waiting: list[str] = []
     struck = 0.0
     while goes_on(len(blows), time.monotonic() - began):
-        waiting = waiting or dice.sample(sorted(FAULTS), len(FAULTS))
+        waiting = waiting or dice.sample(faults, len(faults))
         fault, layout = waiting.pop(), dice.choice(LAYOUTS)
-        limit = ["run.timeout_s=5"] if fault == "one rank stopped" else []
-        job = start(folder, *layout, *limit, ranks=RANKS)
-        try:
+        limit = ["run.timeout_s=5"] if fault in WAIT_IS_SHORT else []
+        with _job(folder, fault, *layout, *limit) as job:
             _goes_on(job, blows, struck, dice)
             struck = time.monotonic()
             blows.append(_hit(job, fault, " ".join(layout), dice))
-        finally:
-            job.kill()
         print(json.dumps(asdict(blows[-1])), flush=True)
     _finish(folder, blows, struck, dice)
     return blows
+
+
+@contextmanager
+def _job(folder: Path, fault: str, *words: str) -> Iterator[Job]:
+    """The job for a fault, on this machine or on two hosts; gone afterwards, as the hosts are."""
+    with ExitStack() as after:
+        if FAULTS[fault][0] is cut_off_a_host:
+            hosts = after.enter_context(Hosts(folder))
+            job = start_on(hosts, folder, *words, ranks=RANKS // len(hosts.names))
+        else:
+            job = start(folder, *words, ranks=RANKS)
+        after.callback(job.kill)
+        yield job
 
 
 def _goes_on(job: Job, blows: list[Blow], struck: float, dice: random.Random) -> None:
@@ -149,7 +172,7 @@ def _hit(job: Job, fault: str, layout: str, dice: random.Random) -> Blow:
     if blow.exit_code != expected:
         raise WentWrong(f"{fault}: exit code {blow.exit_code}, not {expected}:\n{job.said}")
     said = job.said
-    if fault in ("SIGTERM", "disk full for a rank") and "Traceback" in said:
+    if fault in ("SIGTERM", "one of two hosts cut off", "disk full for a rank") and "Traceback" in said:
         raise WentWrong(f"{fault}: a traceback:\n{said}")
     blow.step, good = last_step(job.run), newest(job.run)
     blow.steps_lost = blow.step - (checkpoint.step_of(good) if good else 0)
@@ -225,6 +248,8 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="disttrain-chaos-") as name:
         blows = chaos(Path(name), asked.seed, lambda _, seconds: seconds < asked.seconds)
+    for fault in sorted(set(FAULTS) - set(possible())):
+        print(f"not done: {fault}, which needs emulated hosts: {PRESENT['namespaces'][1]}")
     print(
         f"\n{table(blows)}\n\n{len(blows)} blows, and the weights are those of one undisturbed process (to {TOLERANCE:g})"
     )

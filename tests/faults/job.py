@@ -19,6 +19,7 @@ import psutil
 
 from disttrain import checkpoint
 from tests import warm
+from tests.launchers.hosts import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = 5
@@ -40,6 +41,8 @@ class Job:
     process: BaseProcess
     output: Path
     name: str = "hit"
+    hosts: Hosts | None = None
+    """Where its ranks run, if not all on this machine's own network."""
 
     @property
     def run(self) -> Path:
@@ -78,6 +81,18 @@ def start(folder: Path, *words: str, ranks: int, name: str = "hit") -> Job:
     output = _next_output(folder)
     train = ["train", "hit.yaml", f"run.name={name}", *words, *several]
     return Job(folder, warm.start(train, folder, _environment(), output, output, apart=True), output, name)
+
+
+def start_on(hosts: Hosts, folder: Path, *words: str, ranks: int) -> Job:
+    """The same, so many ranks on each host, as a launcher of theirs would start them."""
+    world, output = ranks * len(hosts.names), _next_output(folder)
+    places = [warm.Place(name, {"RANK": str(host * ranks + local), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local),
+                                "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29519",
+                                "GLOO_SOCKET_IFNAME": "eth0"})
+              for host, name in enumerate(hosts.names) for local in range(ranks)]  # fmt: skip
+    train = ["train", "hit.yaml", "run.name=hit", *words]
+    process = warm.start(train, folder, _environment(), output, output, apart=True, places=places)
+    return Job(folder, process, output, hosts=hosts)
 
 
 def start_under(launcher: list[str], folder: Path, *words: str, name: str) -> Job:
@@ -148,6 +163,11 @@ def ask_to_stop(job: Job, dice: random.Random) -> None:
 
 def stop_a_rank(job: Job, dice: random.Random) -> None:
     os.kill(dice.choice(job.ranks()), signal.SIGSTOP)
+
+
+def cut_off_a_host(job: Job, dice: random.Random) -> None:
+    assert job.hosts is not None
+    job.hosts.cut(dice.randrange(len(job.hosts.names)))
 
 
 def refuse_the_disk(job: Job, dice: random.Random) -> None:
