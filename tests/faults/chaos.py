@@ -2,7 +2,8 @@
 
 ``python -m tests.faults.chaos --seconds 180 --seed 1`` trains a small GPT in float64 on four local ranks. Each start of the
 same command ends by a blow: a rank or the whole job is killed, asked to stop, or stopped; the link of a host is cut; a
-checkpoint is spoiled; a disk refuses. When time is up the run is finished, and compared with one process that nobody disturbed.
+checkpoint is spoiled; a disk refuses. When time is up the run is finished, and compared with one process that nobody
+disturbed.
 """
 
 import argparse
