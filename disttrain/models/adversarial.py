@@ -16,37 +16,40 @@ from disttrain.models.losses import widened
 
 
 @torch.no_grad()
-def perturbation(gradient: Tensor, epsilon: float) -> Tensor:
+def perturbation(gradient: Tensor, epsilon: float, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """r = epsilon g / ||g|| of each example: gradients [B, ...] of a summed loss -> [B, ...] of their type.
 
     The fast gradient method of Miyato et al. (2017, equation 5) on the embedded words of a sequence. The norm is of all
     of an example, and of no other one: however a batch is cut, an example moves alike, whatever the loss is divided or
-    scaled by. It is computed in float32 or wider. An example without a gradient stays where it is.
+    scaled by. It is computed in float64. An example without a gradient stays where it is. `reduce` gives the sum of
+    squares, float64 [B], over the ranks that hold other positions of the same examples.
     """
-    g = widened(gradient).flatten(1)
-    largest = g.abs().amax(1, keepdim=True)
-    g = torch.where(largest > 0, g / largest, 0)  # squares neither overflow nor vanish
-    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True).clamp(min=1)
-    return (epsilon * g / norm).view_as(gradient).to(gradient.dtype)
+    g = gradient.double()
+    squares = g.flatten(1).square().sum(1)
+    norm = (squares if reduce is None else reduce(squares)).sqrt().view(-1, *[1] * (g.ndim - 1))
+    return torch.where(norm > 0, epsilon * g / norm, 0).to(gradient.dtype)
 
 
-def with_adversaries(embed: nn.Module, loss: Callable[[], LossSum], epsilon: float, weight: float = 1.0) -> LossSum:
+def with_adversaries(
+    embed: nn.Module, loss: Callable[[], LossSum], epsilon: float, weight: float = 1.0,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> LossSum:  # fmt: skip
     """The loss plus `weight` times the loss of the same batch with perturbed embeddings; the count is of the first.
 
     `loss` computes the loss anew at each call, and `embed`, called once in it, gives the embedded words [B, S, H].
-    Between the two calls the gradient by its output is taken, which leaves the parameters' gradients alone. Masks of
-    dropout must be the same in both, as those of `disttrain.models.dropout` are. With the gradient of the first loss
-    held constant this is the L_adv of Miyato et al. (2017, equation 6) beside L. Raises ValueError when `embed` is called
-    more or less than once.
+    Between the two calls the gradient by its output is taken, which leaves the parameters' gradients alone; `reduce` is
+    that of `perturbation`. Masks of dropout must be the same in both, as those of `disttrain.models.dropout` are. With
+    the perturbation held constant this is L + weight * L_adv of Miyato et al. (2017, equation 6). Raises ValueError when
+    `embed` is called more or less than once.
     """
     with _outputs(embed) as seen:
         clean = loss()
     if len(seen) != 1:
         raise ValueError(f"the embedding was called {len(seen)} times, not once")
-    if not seen[0].requires_grad:  # evaluation, or frozen embeddings
+    if not seen[0].requires_grad:  # where no gradients are wanted at all
         return clean
     (gradient,) = torch.autograd.grad(clean.sum, seen[0], retain_graph=True)
-    with moved(embed, perturbation(gradient, epsilon)):
+    with moved(embed, perturbation(gradient, epsilon, reduce)):
         adversarial = loss()
     return LossSum(clean.sum + weight * adversarial.sum, clean.count)
 

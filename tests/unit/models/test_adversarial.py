@@ -62,6 +62,15 @@ def test_perturbation_has_its_length_whatever_the_gradient(dtype: torch.dtype, s
     torch.testing.assert_close(perturbation(tiny, 0.5).norm(), torch.tensor(0.5))
 
 
+def test_positions_may_be_apart():
+    """Halves of the sequences that know each other's squares move as the whole does."""
+    gradient = torch.randn(B, 4, H, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    halves = gradient.split(2, 1)
+    others = [half.flatten(1).square().sum(1) for half in halves[::-1]]
+    parts = [perturbation(half, 0.3, lambda x, o=o: x + o) for half, o in zip(halves, others, strict=True)]
+    torch.testing.assert_close(torch.cat(parts, 1), perturbation(gradient, 0.3), rtol=1e-12, atol=0)
+
+
 def expected(model: Small, epsilon: float, rows: slice = slice(None)) -> tuple[float, dict[str, Tensor]]:
     """Example by example, with embedded words as leaves: the summed losses and the parameters' gradients."""
     total = torch.zeros((), dtype=torch.float64)
