@@ -12,56 +12,27 @@ L2 here is coupled: with Adam the penalty's gradient is divided by the moments l
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from disttrain.parallel.collectives import reduce_over
-from disttrain.parallel.groups import Group
 from disttrain.parallel.sharding import LocalParameter
 
 
-@dataclass(frozen=True)
-class Penalties:
-    """How much the weights cost."""
-
-    l1: float = 0.0
-    """Of the sum of absolute values."""
-    l2: float = 0.0
-    """Of half the sum of squares."""
-
-
 @torch.no_grad()
-def add_gradients(parameters: Iterable[LocalParameter], penalties: Penalties, scale: float = 1.0) -> None:
+def add_gradients(parameters: Iterable[LocalParameter], l1: float, l2: float, scale: float = 1.0) -> None:
     """Add `scale` times the penalties' gradient to this rank's part of the gradient, in place.
 
     `scale` is the loss scale by which the gradients are still multiplied. A parameter that the loss does not reach has no
     gradient and stays as it is. Of a weight on two stages each copy gets the same, as it has the same gradient.
     """
-    reached = [(p.master, gradient) for p in _matrices(parameters) if (gradient := p.gradient) is not None]
-    if not reached:
+    if not (l1 or l2):
         return
-    weights, gradients = ([*tensors] for tensors in zip(*reached, strict=True))
-    if penalties.l2:
-        torch._foreach_add_(gradients, weights, alpha=scale * penalties.l2)
-    if penalties.l1:
-        torch._foreach_add_(gradients, torch._foreach_sign(weights), alpha=scale * penalties.l1)
-
-
-@torch.no_grad()
-def value(parameters: Iterable[LocalParameter], penalties: Penalties, world: Group, device: torch.device) -> Tensor:
-    """l1 * sum of |w| + l2 / 2 * sum of w^2 over the whole model, float64 scalar, the same on every rank; all ranks call it.
-
-    Each rank adds up its shards, divided by the number of ranks that hold a copy; what is on two stages counts once.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for p in _matrices(parameters):
-        w = p.master.double()
-        cost = penalties.l1 * w.abs().sum() + penalties.l2 / 2 * w.square().sum()
-        total += cost.to(device) * p.share
-    return reduce_over(world, total)
-
-
-def _matrices(parameters: Iterable[LocalParameter]) -> list[LocalParameter]:
-    return [p for p in parameters if len(p.shard.shape) >= 2]
+    matrices = [p for p in parameters if len(p.shard.shape) >= 2]
+    reached = [(p.master, gradient) for p in matrices if (gradient := p.gradient) is not None]
+    for device in {gradient.device for _, gradient in reached}:
+        weights = [w for w, gradient in reached if gradient.device == device]
+        gradients = [gradient for _, gradient in reached if gradient.device == device]
+        if l2:
+            torch._foreach_add_(gradients, weights, alpha=scale * l2)
+        if l1:
+            torch._foreach_add_(gradients, torch._foreach_sign(weights), alpha=scale * l1)
