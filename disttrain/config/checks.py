@@ -36,6 +36,7 @@ def validate(config: Config, world_size: int) -> list[Problem]:
         _batch(config, world_size),
         _length(config),
         _optimizer(config),
+        _penalties(config),
         _ignored(config),
         _kept(config),
         compression_problems(config, world_size, total_steps(config)),
@@ -167,6 +168,16 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             "only fp16 scales its loss, so these settings have no effect",
             "remove loss_scale or use precision=fp16",
         )  # fmt: skip
+
+
+def _penalties(config: Config) -> Iterator[Problem]:
+    for key in ("train.l1_penalty", "train.l2_penalty"):
+        if given(config, key) and config.engine == "deepspeed":
+            yield Problem(
+                ("engine=deepspeed", setting(config, key)),
+                "DeepSpeed completes and clips the gradients by itself, so nothing can be added in between",
+                "use engine=native or horovod" + (", or optim.weight_decay" if key.endswith("l2_penalty") else ""),
+            )
 
 
 def _ignored(config: Config) -> Iterator[Problem]:

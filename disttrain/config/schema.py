@@ -160,6 +160,10 @@ class TrainConfig(Section):
     """Largest global gradient norm; null does not clip."""
     label_smoothing: Fraction = 0.0
     """Share of the target probability spread over the vocabulary in training (never in evaluation)."""
+    l1_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """What the sum of absolute weights of matrices and embeddings costs; its gradient is clipped with the loss's."""
+    l2_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """What half the sum of their squares costs: decay that is coupled to the gradient, where optim.weight_decay is not."""
 
 
 class OptimConfig(Section):

@@ -19,7 +19,7 @@ from disttrain.grad_compression.compressor import Compressor, Known
 from disttrain.models import Model
 from disttrain.models.layers import LossSum
 from disttrain.optim import OneBitAdamW, OneBitLamb, build_optimizer
-from disttrain.parallel import data, gradients, sharding
+from disttrain.parallel import data, gradients, penalties, sharding
 from disttrain.parallel.collectives import Counted, reduce_over
 from disttrain.parallel.groups import Groups, beside
 from disttrain.parallel.outer import OuterSteps
@@ -101,10 +101,10 @@ class NativeEngine:
         if self._reduction is not None:
             self._reduction.complete()
         reduced = self._pipeline is None and not self.config.parallel.zero
-        late = self._late, self.scale.value
-        gradients.complete(self.parameters, self.groups, self._model.tied, reduced, coder, self._inner, *late)
+        scale, train = self.scale.value, self.config.train
+        gradients.complete(self.parameters, self.groups, self._tied, reduced, coder, self._inner, self._late, scale)
+        penalties.add_gradients(self.parameters, train.l1_penalty, train.l2_penalty, scale)
         self._tell("reduced")
-        scale = self.scale.value
         norm, skipped = self._unscale_and_clip(totals)
         self._tell("clipped")
         if not skipped:
