@@ -1,0 +1,1 @@
+"""Scores of predictions, each as its data set's official script counts it (numpy; no torch)."""
