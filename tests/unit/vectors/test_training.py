@@ -17,7 +17,7 @@ from disttrain.vectors.corpus import read_corpus
 from disttrain.vectors.files import VECTORS, Vectors, read_vectors, write_vectors
 from disttrain.vectors.schema import VectorsConfig, load_vectors
 from disttrain.vectors.state import STATE, Place
-from disttrain.vectors.training import changed, train
+from disttrain.vectors.training import VectorsDiverged, changed, train
 from tests.unit.vectors.made import corpus_of, pairs_text
 
 QUESTIONS = ": family\ncat dog red blue\n: gram1-made-up\ncat cow red green\nunknown cow red green\n"
@@ -67,6 +67,13 @@ def test_other_settings_are_refused_and_never_begins_anew(tmp_path: Path) -> Non
     place = train(anew, corpus, Interruption(), lambda *_: None)
     assert place is not None and len(place.losses) == 2
     assert load_vectors(config.folder / "config.yaml", ()) == anew
+
+
+def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
+    config, corpus = corpus_of(tmp_path, pairs_text(20), size=6, lr=1e30, subsample=0.0, batch=8)
+    with pytest.raises(VectorsDiverged, match="give a smaller lr"):
+        train(config, corpus, Interruption(), lambda *_: None)
+    assert not (config.folder / STATE).exists()
 
 
 def test_the_text_format_gives_every_number_back(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_words_without_neighbours_are_no_predictions(tmp_path: Path) -> None:
     ids=lambda s: "-".join(s.values()),
 )
 def test_words_that_stand_together_become_alike(tmp_path: Path, settings: dict[str, Any]) -> None:
-    config, corpus = corpus_of(tmp_path, pairs_text(250), size=8, window=3, lr=0.1, batch=8, subsample=0.2, **settings)
+    config, corpus = corpus_of(tmp_path, pairs_text(150), size=8, window=3, lr=0.1, batch=8, subsample=0.2, **settings)
     model = Word2Vec(corpus, config)
     losses = []
     for epoch in range(4):
