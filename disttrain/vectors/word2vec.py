@@ -167,9 +167,9 @@ class Word2Vec:
             row, column = np.nonzero(around >= 0)
             inputs, predicted = words[row, None], around[row, column][:, None]
         asked = self._objective(predicted, generator)
-        flags = (torch.from_numpy(flag).to(self._dtype) for flag in (asked.labels, asked.counted))
-        outputs = torch.from_numpy(asked.outputs)
-        return Batch(torch.from_numpy(inputs), outputs, *flags, int((predicted >= 0).sum()))
+        labels, counted = (torch.from_numpy(x).to(self._dtype) for x in (asked.labels, asked.counted))
+        outputs, predictions = torch.from_numpy(asked.outputs), int((predicted >= 0).sum())
+        return Batch(torch.from_numpy(inputs), outputs, labels, counted, predictions)
 
     def vectors(self) -> Tensor:
         """The input vectors [V, H], which are what the papers use."""
