@@ -14,6 +14,8 @@ from disttrain import calibrating, checking, checkpoint_commands, planning
 from disttrain.compare import command as comparing
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
+from disttrain.ngrams import command as ngrams
+from disttrain.vectors import command as word_vectors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +52,8 @@ app.command("compare")(comparing.compare)
 app.command("report")(comparing.report)
 app.command("plan")(planning.plan)
 app.command("explain")(reading.show)
+app.command("vectors")(word_vectors.vectors)
+app.command("ngram")(ngrams.ngram)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")

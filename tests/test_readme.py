@@ -19,7 +19,9 @@ SWEEP = ROOT / "configs/wandb_sweep.yaml"
 """A search over settings, in W&B's language: tests/runs/test_wandb.py."""
 STRATEGIES = set((ROOT / "configs/sweeps").iterdir())
 """Strategies to compare: tests/unit/compare/test_plan.py."""
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {SWEEP} - STRATEGIES)
+OTHERS = {*(ROOT / "configs/vectors").iterdir(), ROOT / "configs/papers/ngram_wikitext2.yaml"}
+"""Word vectors and n-grams: tests/unit/vectors, tests/unit/ngrams."""
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {SWEEP} - STRATEGIES - OTHERS)
 
 SMALL = ["train.steps=3", "optim.warmup_steps=1", "train.eval_sequences=8", "data.max_bytes=300000", "model.layers=4",
          "data.cache_dir=cache", "train.global_batch_size=8", "model.preset=null", "model.hidden_size=32",
