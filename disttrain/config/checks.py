@@ -48,13 +48,13 @@ def validate(config: Config, world_size: int) -> list[Problem]:
 
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
-    if model.hidden_size % model.heads:
+    if model.head_size is None and model.hidden_size % model.heads:
         fits = [h for h in range(1, model.hidden_size + 1) if model.hidden_size % h == 0]
         near = min(fits, key=lambda h: abs(h - model.heads))
         yield Problem(
             (setting(config, "model.heads"), setting(config, "model.hidden_size")),
             "the number of heads does not divide the width",
-            f"use model.heads={near}",
+            f"use model.heads={near}, or give model.head_size",
         )
     if config.data.sequence_length > model.max_positions:
         yield Problem(

@@ -70,7 +70,9 @@ class ModelConfig(Section):
     hidden_size: Size = 128
     """Width of the residual stream."""
     heads: Size = 4
-    """Attention heads; must divide hidden_size."""
+    """Attention heads; must divide hidden_size where head_size is not given."""
+    head_size: Size | None = None
+    """Width of one head; hidden_size / heads when not given. A model whose heads were pruned has fewer of the same width."""
     ffn_hidden_size: Positive | None = None
     """Width of the feed-forward layer; 4 x hidden_size when not given."""
     max_positions: Positive = 256
