@@ -1,9 +1,10 @@
 """What a model costs in parameters, FLOPs and bytes: the one home of every formula (no torch).
 
 Letters: L layers, H hidden size, A heads, E width of all heads together (H, or less where heads were pruned), F
-feed-forward width, V vocabulary, S sequence length, M predicted tokens of a BERT sequence. A multiply-add is two FLOPs; only matrix products count, as in Narayanan et al. 2021 and Chowdhery et
-al. 2022 (PaLM), appendix B. The backward pass of a product is two products of its size, so training is three times
-forward: this holds exactly, since even the first layer needs its input's gradient, for the embeddings.
+feed-forward width, V vocabulary, S sequence length, M predicted tokens of a BERT sequence. A multiply-add is two FLOPs;
+only matrix products count, as in Narayanan et al. 2021 and Chowdhery et al. 2022 (PaLM), appendix B. The
+backward pass of a product is two products of its size, so training is three times forward: this holds exactly, since even
+the first layer needs its input's gradient, for the embeddings.
 
 Four conventions of utilisation, each a function here divided by step time and peak:
 

@@ -1,8 +1,9 @@
 """Seconds of a block, the embedding and the head of one micro-batch on one rank, operator by operator. No torch.
 
 Letters: T tokens of a rank (micro-batch x S / context ranks), H hidden size, F feed-forward width, V vocabulary, A heads,
-E width of all heads together, t tensor ranks, d = E / A; r, c, w bytes of an element of the residual stream, of what is multiplied, of a master weight
-(`Execution`). A pass over n elements that reads a and writes b bytes of each counts (a + b) n. docs/planner.md has the list.
+E width of all heads together, t tensor ranks, d = E / A; r, c, w bytes of an element of the residual stream, of what is
+multiplied, of a master weight (`Execution`). A pass over n elements that reads a and writes b
+bytes of each counts (a + b) n. docs/planner.md has the list.
 """
 
 from typing import NamedTuple
