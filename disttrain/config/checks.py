@@ -9,6 +9,7 @@ from disttrain.config.problems import Problem
 from disttrain.config.profile_checks import profile_problems
 from disttrain.config.schema import Config
 from disttrain.config.settings import given, no_effect, setting
+from disttrain.config.smaller_checks import smaller_problems
 from disttrain.config.watch_checks import watch_problems
 
 __all__ = ["given", "micro_batches", "setting", "total_steps", "validate"]
@@ -40,6 +41,7 @@ def validate(config: Config, world_size: int) -> list[Problem]:
         _kept(config),
         compression_problems(config, world_size, total_steps(config)),
         outer_problems(config),
+        smaller_problems(config, total_steps(config)),
         watch_problems(config, world_size),
         profile_problems(config, world_size, total_steps(config)),
     )

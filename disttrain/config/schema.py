@@ -11,6 +11,7 @@ from pydantic import Field
 from disttrain.config.gradients import HorovodConfig, OuterConfig
 from disttrain.config.profile import ProfileConfig
 from disttrain.config.section import Fraction, NonNegative, Positive, Section, Size
+from disttrain.config.smaller import PruningConfig, QuantizationConfig
 from disttrain.config.watching import WatchConfig
 
 Family = Literal["gpt", "bert"]
@@ -333,6 +334,8 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     compression: CompressionConfig = CompressionConfig()
     outer: OuterConfig = OuterConfig()
+    pruning: PruningConfig = PruningConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own settings, added to those that follow from this config (docs/engines.md); a contradiction between
     the two is refused."""

@@ -64,6 +64,6 @@ def test_the_default_is_the_whole_width() -> None:
 
 
 def test_heads_need_not_divide_the_width_where_their_size_is_given() -> None:
-    words = ["model.hidden_size=128", "model.heads=3", "train.steps=10"]
+    words = ["model.hidden_size=128", "model.heads=3", "train.steps=100"]
     assert [p for p in validate(load("configs/gpt_tiny.yaml", words), 1) if "model.heads=3" in p.settings]
     assert not validate(load("configs/gpt_tiny.yaml", [*words, "model.head_size=32"]), 1)
