@@ -9,14 +9,20 @@ not made again. Writes smaller_<hardware>_<yyyymm>.{json,md}.
 
 import argparse
 import json
+import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 
 import report
+
+from disttrain import cli, run  # noqa: F401  before the forks and not by each of them
+from disttrain.engines import native  # noqa: F401
+from disttrain.model_compression import measuring  # noqa: F401
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = (options.folder or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         names = make(folder, options)
-        disttrain(folder, "measure", *names, "--out", "table", "--repeats", str(options.repeats),
+        do(folder, "measure", *names, "--out", "table", "--repeats", str(options.repeats),
                   "--threads", str(options.threads))  # fmt: skip
         table = json.loads((folder / "table.json").read_text())
         text = (folder / "table.md").read_text()
@@ -83,20 +89,32 @@ def make(folder: Path, options: argparse.Namespace) -> list[str]:
 
 def train(folder: Path, name: str, config: str, *words: str) -> None:
     """A run of this name."""
-    if not (folder / name).exists():
-        disttrain(folder, "train", config, "run.dir=.", f"run.name={name}", *words)
+    if not (folder / name / "summary.json").exists():
+        do(folder, "train", config, "run.dir=.", f"run.name={name}", *words)
 
 
 def made(folder: Path, name: str, *words: str) -> None:
     """A folder of this name, by another command."""
     if not (folder / name).exists():
-        disttrain(folder, *words)
+        do(folder, *words)
 
 
-def disttrain(folder: Path, *words: str) -> None:
-    """A command, held to its exit code."""
+def do(folder: Path, *words: str) -> None:
+    """A command, in a fork of this process, which has imported all that takes long; held to its exit code."""
     print(shlex.join(["disttrain", *words]), file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, "-m", "disttrain", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    process = get_context("fork").Process(target=command, args=(folder, words))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"disttrain {shlex.join(words)} ended with {process.exitcode}")
+
+
+def command(folder: Path, words: Sequence[str]) -> None:
+    """What `disttrain` does with these words in that folder; nothing but failures is shown."""
+    os.chdir(folder)
+    sys.argv = ["disttrain", *words]
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+        cli.main()
 
 
 if __name__ == "__main__":

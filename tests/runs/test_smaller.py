@@ -67,7 +67,8 @@ def test_a_pruned_run_is_smaller_and_trains_on(run: Path, place: Workplace) -> N
     assert small.parameters == whole.parameters - (4 * 32 * 16 + 3 * 16) - 88 * (2 * 32 + 1)
     assert small.nbytes == 4 * small.parameters
     assert len(json.loads(Path("small/pruned.json").read_text())["neurons"][0]) == 40
-    place.run("train", "small/config.yaml", "run.name=tuned", "--nproc", "2", "parallel.zero=3")
+    place.run("train", "small/config.yaml", "run.name=tuned", "--nproc", "2", "parallel.zero=3",
+              "train.micro_batch_size=4")  # fmt: skip
     began = held_out_scores(small.trained)["eval_loss"]
     assert place.records("tuned", "eval")[-1]["eval_loss"] < began
 
