@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from disttrain import calibrating, checking, checkpoint_commands, planning
+from disttrain import calibrating, checking, checkpoint_commands, planning, smaller
 from disttrain.compare import command as comparing
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
@@ -54,6 +54,9 @@ app.command("plan")(planning.plan)
 app.command("explain")(reading.show)
 app.command("vectors")(word_vectors.vectors)
 app.command("ngram")(ngrams.ngram)
+app.command("prune")(smaller.prune)
+app.command("quantize")(smaller.quantize)
+app.command("measure")(smaller.measure)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")

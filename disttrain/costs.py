@@ -1,9 +1,10 @@
 """What a model costs in parameters, FLOPs and bytes: the one home of every formula (no torch).
 
-Letters: L layers, H hidden size, A heads, F feed-forward width, V vocabulary, S sequence length, M predicted tokens of
-a BERT sequence. A multiply-add is two FLOPs; only matrix products count, as in Narayanan et al. 2021 and Chowdhery et
-al. 2022 (PaLM), appendix B. The backward pass of a product is two products of its size, so training is three times
-forward: this holds exactly, since even the first layer needs its input's gradient, for the embeddings.
+Letters: L layers, H hidden size, A heads, E width of all heads together (H, or less where heads were pruned), F
+feed-forward width, V vocabulary, S sequence length, M predicted tokens of a BERT sequence. A multiply-add is two FLOPs;
+only matrix products count, as in Narayanan et al. 2021 and Chowdhery et al. 2022 (PaLM), appendix B. The
+backward pass of a product is two products of its size, so training is three times forward: this holds exactly, since even
+the first layer needs its input's gradient, for the embeddings.
 
 Four conventions of utilisation, each a function here divided by step time and peak:
 
@@ -38,13 +39,13 @@ class ParameterCount(NamedTuple):
 def parameter_count(model: ModelConfig) -> ParameterCount:
     """Exact parameter count.
 
-    A block has 4 H^2 + 2 H F weights, 5 H + F biases and 4 H norm parameters. GPT adds a final norm (2 H); BERT an
+    A block has 4 H E + 2 H F weights, 3 E + 2 H + F biases and 4 H norm parameters. GPT adds a final norm (2 H); BERT an
     embedding norm (2 H), the masked-token head (H^2 + H, norm 2 H, decoder bias V), the pooler (H^2 + H) and the
     next-sentence head (2 H + 2).
     """
     shape = shape_of(model)
-    h, f, v = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size
-    blocks = shape.layers * (4 * h * h + 2 * h * f + 5 * h + f + 4 * h)
+    h, e, f, v = shape.hidden_size, shape.attention_size, shape.ffn_hidden_size, shape.vocab_size
+    blocks = shape.layers * (4 * h * e + 2 * h * f + 3 * e + 2 * h + f + 4 * h)
     if model.family == "gpt":
         return ParameterCount((v + shape.max_positions) * h, blocks + 2 * h)
     heads = (h * h + h) + 2 * h + v + (h * h + h) + (2 * h + 2)
@@ -70,18 +71,18 @@ def forward_flops_per_sequence(
 ) -> ForwardFlops:
     """FLOPs of one sequence's forward pass.
 
-    - linears of the blocks: 2 S L (4 H^2 + 2 H F)
-    - attention: 4 H L P, with P = S (S + 1) / 2 pairs if causal and the model is a GPT, else P = S^2
+    - linears of the blocks: 2 S L (4 H E + 2 H F)
+    - attention: 4 E L P, with P = S (S + 1) / 2 pairs if causal and the model is a GPT, else P = S^2
     - GPT head: 2 S H V
     - BERT heads: 2 M (H^2 + H V) for the M predicted tokens, and 2 (H^2 + 2 H) for pooler and next sentence, once
 
     predicted_tokens is M; BERT's default is the default mlm_probability times S. GPT predicts every token.
     """
     shape = shape_of(model)
-    h, f, v, s = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size, sequence_length
-    linears = 2 * s * shape.layers * (4 * h * h + 2 * h * f)
+    h, e, f, v, s = shape.hidden_size, shape.attention_size, shape.ffn_hidden_size, shape.vocab_size, sequence_length
+    linears = 2 * s * shape.layers * (4 * h * e + 2 * h * f)
     pairs = s * (s + 1) // 2 if causal and model.family == "gpt" else s * s
-    attention = 4 * h * shape.layers * pairs
+    attention = 4 * e * shape.layers * pairs
     if model.family == "gpt":
         return ForwardFlops(linears, attention, 2 * s * h * v)
     head = 2 * _predicted(sequence_length, predicted_tokens) * (h * h + h * v) + 2 * (h * h + 2 * h)
@@ -242,7 +243,7 @@ def activation_bytes(
     dropout's masks. For each token, a block saves
 
         2 w H + 2 c H    inputs of both norms, of qkv and of up
-        4 c H            input of out; query, key and value
+        4 c E            input of out; query, key and value
         2 c F            inputs of GELU and down
         4 A              log-sum-exp of fused attention, or c A S for its weights when it is not fused
         2 H + (c + 1) A S    with dropout, which no fused kernel does: masks, and weights before and after
@@ -251,9 +252,9 @@ def activation_bytes(
     recompute=full keeps w H for each token and block; selective drops what attention saves for itself.
 
     In the backward pass of a block come on top: at GELU w H + c H + c F, once what was recomputed is there; at attention
-    2 c A S (or 4 c H when fused) and w H, when 2 c F + w H + c H have been freed. Where a schedule `splits` the backward
+    2 c A S (or 4 c E when fused) and w H, when 2 c F + w H + c H have been freed. Where a schedule `splits` the backward
     pass nothing has, and the gradients that weights wait for, 2 c H + c F, are there too; those of other micro-batches are
-    `deferred` (5 c H + c F + 2 w H, of the head c V + w H).
+    `deferred` (3 c E + 2 c H + c F + 2 w H, of the head c V + w H).
 
     Tensor parallelism divides all of a block but the first line, sequence parallelism that one too (ibid., table 2), and
     of the head c V; context parallelism divides the tokens. A pipeline rank has some `layers`, and perhaps the head.
@@ -288,7 +289,7 @@ def _sizes(
         residual=wide * h * between,
         input=narrow * h * between,
         gathered=narrow * h * tokens if sequence else 0.0,
-        heads=narrow * h / tensor * tokens,
+        heads=narrow * shape.attention_size / tensor * tokens,
         features=narrow * shape.ffn_hidden_size / tensor * tokens,
         scores=0.0 if fused else narrow * scores,
         core=4 * shape.heads / tensor * tokens if fused else (narrow + dropped * (narrow + 1)) * scores,

@@ -30,7 +30,7 @@ def parameter_shapes(
     embedding and head holds their tied weight once, the last stage of several a copy.
     """
     shape = shape_of(model)
-    h, f = shape.hidden_size, shape.ffn_hidden_size
+    h, f, a = shape.hidden_size, shape.ffn_hidden_size, shape.attention_size
 
     def part(size: int) -> int:
         each = -(-size // tensor)
@@ -47,8 +47,8 @@ def parameter_shapes(
         found |= {
             **_vectors(f"{block}.attn_norm", h),
             **_vectors(f"{block}.mlp_norm", h),
-            **_linear(f"{block}.attn.qkv", part(3 * h), h),
-            **_linear(f"{block}.attn.out", h, part(h), bias=h),
+            **_linear(f"{block}.attn.qkv", part(3 * a), h),
+            **_linear(f"{block}.attn.out", h, part(a), bias=h),
             **_linear(f"{block}.mlp.up", part(f), h),
             **_linear(f"{block}.mlp.down", h, part(f), bias=h),
         }

@@ -51,8 +51,9 @@ def _shape(config: Config, mesh: Mesh) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     model = config.model
+    of_size = "" if model.head_size is None else f" of {model.head_size}"
     name = model.source or model.preset or model.family  # not markup: file.py:Class: would be a picture
-    table.add_row("model", Text(f"{name}: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads, "
+    table.add_row("model", Text(f"{name}: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads{of_size}, "
                                 f"vocabulary {model.vocab_size:,}"))  # fmt: skip
     table.add_row("parameters", parameters)
     table.add_row(

@@ -195,7 +195,8 @@ def _differences(key: str, before: object, after: object) -> dict[str, tuple[obj
 
 def _disk(config: Config, parent: Path) -> list[Problem]:
     """Whether the checkpoints that are kept, and the one being written, fit on the disk."""
-    if config.model.vocab_size is None or config.model.hidden_size % config.model.heads:
+    model = config.model
+    if model.vocab_size is None or (model.head_size is None and model.hidden_size % model.heads):
         return []
     each = costs.checkpoint_bytes(config.model, "fp64" if config.precision == "fp64" else "fp32")
     count = checkpoints_on_disk(config)

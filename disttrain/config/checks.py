@@ -9,6 +9,7 @@ from disttrain.config.problems import Problem
 from disttrain.config.profile_checks import profile_problems
 from disttrain.config.schema import Config
 from disttrain.config.settings import given, no_effect, setting
+from disttrain.config.smaller_checks import smaller_problems
 from disttrain.config.watch_checks import watch_problems
 
 __all__ = ["given", "micro_batches", "setting", "total_steps", "validate"]
@@ -41,6 +42,7 @@ def validate(config: Config, world_size: int) -> list[Problem]:
         _kept(config),
         compression_problems(config, world_size, total_steps(config)),
         outer_problems(config),
+        smaller_problems(config, total_steps(config)),
         watch_problems(config, world_size),
         profile_problems(config, world_size, total_steps(config)),
     )
@@ -49,13 +51,13 @@ def validate(config: Config, world_size: int) -> list[Problem]:
 
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
-    if model.hidden_size % model.heads:
+    if model.head_size is None and model.hidden_size % model.heads:
         fits = [h for h in range(1, model.hidden_size + 1) if model.hidden_size % h == 0]
         near = min(fits, key=lambda h: abs(h - model.heads))
         yield Problem(
             (setting(config, "model.heads"), setting(config, "model.hidden_size")),
             "the number of heads does not divide the width",
-            f"use model.heads={near}",
+            f"use model.heads={near}, or give model.head_size",
         )
     if config.data.sequence_length > model.max_positions:
         yield Problem(

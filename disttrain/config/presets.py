@@ -31,6 +31,12 @@ class Shape(NamedTuple):
     ffn_hidden_size: int
     max_positions: int
     vocab_size: int
+    head_size: int
+
+    @property
+    def attention_size(self) -> int:
+        """Width of all heads together: hidden_size, or less where heads were pruned."""
+        return self.heads * self.head_size
 
 
 def shape_of(model: ModelConfig) -> Shape:
@@ -44,6 +50,7 @@ def shape_of(model: ModelConfig) -> Shape:
         ffn_hidden_size=model.ffn_hidden_size,
         max_positions=model.max_positions,
         vocab_size=model.vocab_size,
+        head_size=model.head_size or model.hidden_size // model.heads,
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from disttrain.config.gradients import HorovodConfig, OuterConfig
 from disttrain.config.profile import ProfileConfig
 from disttrain.config.section import Fraction, NonNegative, Positive, Section, Size
+from disttrain.config.smaller import PruningConfig, QuantizationConfig
 from disttrain.config.watching import WatchConfig
 
 Family = Literal["gpt", "bert"]
@@ -70,7 +71,9 @@ class ModelConfig(Section):
     hidden_size: Size = 128
     """Width of the residual stream."""
     heads: Size = 4
-    """Attention heads; must divide hidden_size."""
+    """Attention heads; must divide hidden_size where head_size is not given."""
+    head_size: Size | None = None
+    """Width of one head; hidden_size / heads when not given. A model whose heads were pruned has fewer of the same width."""
     ffn_hidden_size: Positive | None = None
     """Width of the feed-forward layer; 4 x hidden_size when not given."""
     max_positions: Positive = 256
@@ -335,6 +338,8 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     compression: CompressionConfig = CompressionConfig()
     outer: OuterConfig = OuterConfig()
+    pruning: PruningConfig = PruningConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own settings, added to those that follow from this config (docs/engines.md); a contradiction between
     the two is refused."""

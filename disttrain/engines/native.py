@@ -25,6 +25,7 @@ from disttrain.parallel.groups import Groups, beside
 from disttrain.parallel.outer import OuterSteps
 from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
+from disttrain.parallel.pruned import pruned
 from disttrain.parallel.stage import Clock
 from disttrain.parallel.whole import across_parts
 from disttrain.precision import LossScale, autocast, master_dtype
@@ -254,10 +255,8 @@ class NativeEngine:
             p.master.grad = p.gradient
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._reduction is None:
-            self.optimizer.step()
-        else:
-            self._reduction.update()
+        with pruned(self.config.pruning, self.parameters, self.groups, step):
+            (self.optimizer.step if self._reduction is None else self._reduction.update)()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, LossSum]:

@@ -3,7 +3,8 @@
 What a layout changes stands in attributes: the attention function, the number of the first head, the part of the
 positions that a dropout layer sees.
 
-Shapes: B batch (sequences), S sequence (tokens), H hidden size, A heads, D = H / A head size, F feed-forward width.
+Shapes: B batch (sequences), S sequence (tokens), H hidden size, A heads, D head size (H / A, save where heads
+were pruned), F feed-forward width.
 """
 
 import math
@@ -84,15 +85,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, causal: bool, site: int = 0):
         super().__init__()
-        self.head_size = config.hidden_size // config.heads
+        shape = shape_of(config)
+        self.head_size = shape.head_size
         self.causal = causal
         self.site, self.weight_dropout = site, config.dropout
         self.first_head = 0
         """Number of this module's first head among all heads of the layer."""
         self.attend = attend
         """What computes softmax(Q K^T) V: `attend`, or a function of its signature over split sequences."""
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(shape.hidden_size, 3 * shape.attention_size)
+        self.out = nn.Linear(shape.attention_size, shape.hidden_size)
         self.dropout = Dropout(config.dropout, site + 1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, keys: Keys | None = None) -> Tensor:

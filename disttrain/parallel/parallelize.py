@@ -11,6 +11,7 @@ from torch import nn
 from disttrain.config.schema import Config, Precision
 from disttrain.grad_compression.compressor import Compressor
 from disttrain.models import Model, build_model, initial_value, tie_weights
+from disttrain.models.rounding import round_in_training
 from disttrain.parallel import data
 from disttrain.parallel.context import apply_context_parallel
 from disttrain.parallel.groups import Groups
@@ -55,6 +56,8 @@ def parallelize(
         keep_stage(model, layers[number], number == 0, number == len(layers) - 1)
         cut = apply_tensor_parallel(model, groups.tensor, parallel.sequence)
         apply_context_parallel(model, groups.context, parallel.context_method)
+        if config.quantization.aware:
+            round_in_training(model)
         apply_recompute(model, parallel.recompute)
         if config.run.compile:
             compile_blocks(model)

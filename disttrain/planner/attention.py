@@ -37,7 +37,7 @@ def of(config: Config, cut: "Cut", kernels: Kernels, execution: Execution) -> Lo
     if not cut.ulysses:
         return _ring(config, cut, heads, kernels, execution)
     inner = _whole(config, length, cut.micro_batch * heads // cut.context.ranks, kernels, execution)
-    features = shape_of(config.model).hidden_size // cut.tensor.ranks
+    features = shape_of(config.model).attention_size // cut.tensor.ranks
     each = execution.narrow * features * cut.tokens(length)
     messages = all_to_all(cut.context, 3 * each) + all_to_all(cut.context, each)
     copies = kernels.passes(4 * 3 * 2 * each)  # cut, joined and put in order, of four tensors
@@ -47,7 +47,7 @@ def of(config: Config, cut: "Cut", kernels: Kernels, execution: Execution) -> Lo
 def _whole(config: Config, length: int, heads: int, kernels: Kernels, execution: Execution) -> Looked:
     """Over whole sequences; `heads` of all sequences of the micro-batch together."""
     shape = shape_of(config.model)
-    size, causal, c = shape.hidden_size // shape.heads, config.model.family == "gpt", execution.narrow
+    size, causal, c = shape.head_size, config.model.family == "gpt", execution.narrow
     plain = not kernels.speeds.accelerator and c == 2 and length <= UNFUSED_SEQUENCE
     if not execution.fused_attention or plain:
         return _plain(config, length, size, heads, kernels, execution)
@@ -77,7 +77,7 @@ def _ring(config: Config, cut: "Cut", heads: int, kernels: Kernels, execution: E
     passes in fp32 (x bytes): 8 x + 2 c of each score forward, 16 x + 5 c back. Keys and values travel while a round is
     computed; back, their gradients in fp32 follow them."""
     shape, ranks = shape_of(config.model), cut.context.ranks
-    own, size, c = config.data.sequence_length // ranks, shape.hidden_size // shape.heads, execution.narrow
+    own, size, c = config.data.sequence_length // ranks, shape.head_size, execution.narrow
     wide, count = max(4, c), cut.micro_batch * heads
     seen = own // 2 if config.model.family == "gpt" else own
     scores = count * own * seen

@@ -1,8 +1,9 @@
 """Seconds of a block, the embedding and the head of one micro-batch on one rank, operator by operator. No torch.
 
 Letters: T tokens of a rank (micro-batch x S / context ranks), H hidden size, F feed-forward width, V vocabulary, A heads,
-t tensor ranks, d = H / A; r, c, w bytes of an element of the residual stream, of what is multiplied, of a master weight
-(`Execution`). A pass over n elements that reads a and writes b bytes of each counts (a + b) n. docs/planner.md has the list.
+E width of all heads together, t tensor ranks, d = E / A; r, c, w bytes of an element of the residual stream, of what is
+multiplied, of a master weight (`Execution`). A pass over n elements that reads a and writes b
+bytes of each counts (a + b) n. docs/planner.md has the list.
 """
 
 from typing import NamedTuple
@@ -72,8 +73,8 @@ def block(config: Config, cut: Cut, kernels: Kernels, execution: Execution) -> B
     """One transformer layer, whatever is recomputed (`parallel.recompute`) included in its backward pass."""
     shape, recompute = shape_of(config.model), config.parallel.recompute
     h, f, t = shape.hidden_size, shape.ffn_hidden_size, cut.tensor.ranks
-    tokens = cut.tokens(config.data.sequence_length)
-    linears = [(tokens, 3 * h // t, h), (tokens, h, h // t), (tokens, f // t, h), (tokens, h, f // t)]
+    e, tokens = shape.attention_size, cut.tokens(config.data.sequence_length)
+    linears = [(tokens, 3 * e // t, h), (tokens, h, e // t), (tokens, f // t, h), (tokens, h, f // t)]
     forward, input_gradient, weight_gradient = ([] for _ in range(3))
     for m, n, k in linears:
         forward.append(kernels.product(m, n, k, 1))
@@ -145,13 +146,13 @@ def _passes(config: Config, cut: Cut, execution: Execution, tokens: int) -> tupl
     """Bytes that a block's elementwise operators and norms move, forward and backward; attention's are in `attention`.
 
     Forward, twice each: norm 2 r, cast r + c, sum with the residual stream 2 r + c, of the H features of a token (1 / t
-    of the tokens with sequence parallelism); copy of the heads' output 2 c H / t; GELU 2 c F / t; the bias of a row
+    of the tokens with sequence parallelism); copy of the heads' output 2 c E / t; GELU 2 c F / t; the bias of a row
     layer 2 c H. Backward: cast of the branch's gradient r + c, and back c + r, norm 5 r, sum of the two branches 3 r;
-    biases c of what they are added to; heads 8 c H / t; GELU 3 c F / t. Fused: norm, cast and sum are one pass of 2 r +
+    biases c of what they are added to; heads 8 c E / t; GELU 3 c F / t. Fused: norm, cast and sum are one pass of 2 r +
     2 c, 3 r + 2 c back.
     """
     shape, t = shape_of(config.model), cut.tensor.ranks
-    h, f = shape.hidden_size, shape.ffn_hidden_size
+    h, e, f = shape.hidden_size, shape.attention_size, shape.ffn_hidden_size
     r, c = execution.residual, execution.narrow
     cast = 0 if r == c else r + c
     between = tokens / t if cut.sequence else tokens
@@ -163,9 +164,9 @@ def _passes(config: Config, cut: Cut, execution: Execution, tokens: int) -> tupl
     dropped = 0.0
     if config.model.dropout:
         dropped = 2 * (execution.mask_bytes + 1 + 4 * c) * h * between
-    forward = 2 * there * h * between + (2 * c * h + 2 * c * f) / t * tokens + rows + dropped
-    biases = c * (3 * h + f) / t * tokens + 2 * c * h * between
-    backward = 2 * back * h * between + (8 * c * h + 3 * c * f) / t * tokens + biases
+    forward = 2 * there * h * between + (2 * c * e + 2 * c * f) / t * tokens + rows + dropped
+    biases = c * (3 * e + f) / t * tokens + 2 * c * h * between
+    backward = 2 * back * h * between + (8 * c * e + 3 * c * f) / t * tokens + biases
     return forward, backward + (2 * (1 + 4 * c) * h * between if config.model.dropout else 0.0)
 
 

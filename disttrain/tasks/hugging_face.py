@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from disttrain import checkpoint, checkpoint_contents, data
+from disttrain.config.presets import shape_of
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config, Family, ModelConfig
 from disttrain.data import Tokenizer
@@ -42,6 +43,10 @@ def export(run: Path, out: Path) -> list[Path]:
     if config.model.source is not None:
         raise RefusedInput([Problem((f"model.source={config.model.source}",), "transformers has no such model",
                                     "export a model of one of the families")])  # fmt: skip
+    if shape_of(config.model).attention_size != config.model.hidden_size:
+        settings = (f"model.heads={config.model.heads}", f"model.head_size={config.model.head_size}")
+        raise RefusedInput([Problem(settings, "transformers' models have heads that are as wide as the model together",
+                                    "export the run from which the heads were pruned")])  # fmt: skip
     _refuse_used(out)
     tokenizer_json = data.prepare(config).tokenizer
     tokenizer = data.load_tokenizer(tokenizer_json)

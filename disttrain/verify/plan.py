@@ -6,6 +6,7 @@ from disttrain import costs
 from disttrain.config.load import dump, with_values
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import CheckpointConfig, CompressionConfig, Config, LossScaleConfig, OuterConfig, Precision
+from disttrain.config.smaller import PruningConfig
 from disttrain.config.watching import WatchConfig
 from disttrain.verify.batches import GLOBAL_BATCH
 
@@ -30,6 +31,7 @@ def proof_config(config: Config, precision: Precision, vocab_size: int) -> Confi
         "loss_scale": LossScaleConfig(),
         "compression": CompressionConfig(),
         "outer": OuterConfig(),
+        "pruning": PruningConfig(),
         "checkpoint": CheckpointConfig(),
         "watch": WatchConfig(),
     })  # fmt: skip

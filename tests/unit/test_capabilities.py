@@ -16,6 +16,7 @@ BEYOND = {
     "parallel.context": "parallel.context=2", "parallel.zero": "parallel.zero=2",
     "parallel.replicate": "parallel.replicate=2", "parallel.offload": "parallel.offload=true",
     "compression.codec": "compression.codec=topk", "outer.method": "outer.method=nesterov",
+    "pruning.method": "pruning.method=keep", "quantization.aware": "quantization.aware=true",
     "watch.on_spike": "watch.on_spike=rollback", "watch.on_nonfinite": "watch.on_nonfinite=rollback",
     "deepspeed": "deepspeed={comms_logger: {enabled: true}}",
     "horovod": "horovod.compression=fp16",

@@ -20,12 +20,12 @@ def test_every_preset_is_a_valid_model(name: str):
 @pytest.mark.parametrize(
     "name, shape",
     [
-        ("gpt2-124m", Shape(12, 768, 12, 3072, 1024, 50257)),
-        ("gpt2-1.5b", Shape(48, 1600, 25, 6400, 1024, 50257)),
-        ("gpt3-1.3b", Shape(24, 2048, 16, 8192, 2048, 50257)),
-        ("gpt3-175b", Shape(96, 12288, 96, 49152, 2048, 50257)),
-        ("bert-tiny", Shape(2, 128, 2, 512, 512, 30522)),
-        ("bert-large", Shape(24, 1024, 16, 4096, 512, 30522)),
+        ("gpt2-124m", Shape(12, 768, 12, 3072, 1024, 50257, 64)),
+        ("gpt2-1.5b", Shape(48, 1600, 25, 6400, 1024, 50257, 64)),
+        ("gpt3-1.3b", Shape(24, 2048, 16, 8192, 2048, 50257, 128)),
+        ("gpt3-175b", Shape(96, 12288, 96, 49152, 2048, 50257, 128)),
+        ("bert-tiny", Shape(2, 128, 2, 512, 512, 30522, 64)),
+        ("bert-large", Shape(24, 1024, 16, 4096, 512, 30522, 64)),
     ],
 )
 def test_published_shapes(name: str, shape: Shape):
