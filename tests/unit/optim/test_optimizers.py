@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from disttrain import memory
+from disttrain import memory, preflight
+from disttrain.capabilities import missing
 from disttrain.config.checks import validate
-from disttrain.config.load import load, with_values
+from disttrain.config.load import dump, with_values
 from disttrain.config.optimizer import OptimConfig, OptimizerName
 from disttrain.config.optimizer_checks import READ_BY
 from disttrain.config.schema import Config, ModelConfig
@@ -289,22 +291,50 @@ def test_muon_knows_its_matrices() -> None:
     assert found == {f"blocks.0.{n}.weight" for n in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")}
 
 
-def refused(settings: list[str]) -> list[tuple[str, ...]]:
-    config = with_values(load("configs/gpt_tiny.yaml", settings), {"model.vocab_size": 300})
-    return [problem.settings for problem in validate(config, 1)]
+BASE = Config.model_validate({"train": {"steps": 5}})
+
+
+def refused(**values: Any) -> list[tuple[str, ...]]:
+    return [problem.settings for problem in validate(with_values(BASE, {"optim": OptimConfig(**values)}), 1)]
 
 
 def test_settings_of_another_optimizer_are_refused() -> None:
-    values = {"beta1": "0.5", "beta2": "0.5", "epsilon": "1e-6", "momentum": "0.7", "nesterov": "true", "alpha": "0.5",
-              "centered": "true", "ns_steps": "7", "implementation": "foreach"}  # fmt: skip
+    values = {"beta1": 0.5, "beta2": 0.5, "epsilon": 1e-6, "momentum": 0.7, "nesterov": True, "alpha": 0.5,
+              "centered": True, "ns_steps": 7, "implementation": "foreach"}  # fmt: skip
     assert set(values) == set(READ_BY)
     for key, readers in READ_BY.items():
         for name in get_args(OptimizerName):
-            found = refused([f"optim.name={name}", f"optim.{key}={values[key]}"])
+            found = refused(**{"name": name, key: values[key]})
             assert [s[0].split("=")[0] for s in found] == ([] if name in readers else [f"optim.{key}"]), (key, name)
 
 
 def test_nesterov_needs_momentum() -> None:
-    settings = ["optim.name=sgd", "optim.nesterov=true"]
-    assert refused(settings) == []
-    assert refused([*settings, "optim.momentum=0"]) == [("optim.nesterov=true", "optim.momentum=0.0")]
+    assert refused(name="sgd", nesterov=True) == []
+    assert refused(name="sgd", nesterov=True, momentum=0.0) == [("optim.nesterov=true", "optim.momentum=0.0")]
+
+
+def test_a_run_goes_on_with_its_own_kind_of_optimizer(tmp_path: Path) -> None:
+    """adamw and lamb keep the same; sgd without momentum keeps less than with it; an older config says nothing of it."""
+    before = with_values(BASE, {"optim": OptimConfig(name="sgd")})
+    (tmp_path / "config.yaml").write_text(dump(before))
+
+    def found(folder: Path, **values: Any) -> list[tuple[str, ...]]:
+        now = with_values(BASE, {"optim": OptimConfig(**values)})
+        return [problem.settings for problem in preflight._changed(now, folder)]
+
+    assert found(tmp_path, name="sgd", lr=1.0, nesterov=True) == []
+    where = f"{tmp_path}/config.yaml has optim.name=sgd"
+    assert found(tmp_path, name="sgd", momentum=0.0) == [("optim.name=sgd", where)]
+    assert found(tmp_path, name="muon") == [("optim.name=muon", where)]
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.yaml").write_text(dump(before).split("optim:")[0])
+    assert found(old, name="lamb") == []
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "horovod"])
+def test_other_engines_say_why_not(engine: str) -> None:
+    for name in get_args(OptimizerName):
+        problems = missing(with_values(BASE, {"engine": engine, "optim": OptimConfig(name=name)}))
+        assert (problems == []) == (name == "adamw")
+        assert all(f"engine {engine} cannot do optim.name={name}: it " in p.message for p in problems)
