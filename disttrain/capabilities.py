@@ -86,6 +86,15 @@ ENGINES: dict[str, dict[str, tuple | Literal["any", "default"]]] = {
     },
 }
 
+WHY: dict[tuple[str, str], str] = {
+    (
+        "deepspeed",
+        "optim.name",
+    ): "it cuts all parameters as one flat list without their shapes, and its state is read as AdamW's",
+    ("horovod", "optim.name"): "it makes the optimizer anew from its parameter groups, which was proven for AdamW only",
+}
+"""Of an engine and a setting of its row: why it takes no other values."""
+
 
 def missing(config: Config) -> list[Problem]:
     """Every setting that the chosen engine cannot carry out."""
@@ -107,7 +116,8 @@ def _refused(config: Config, key: str, accepted: tuple | Literal["any", "default
         settings = (f"engine={config.engine}", *(f"{key}.{name}" for name in names))
         return Problem(settings, f"only engine {key} reads these settings", f"remove them or use engine={key}")
     fix = f"use {key}={' or '.join(str(v).lower() if isinstance(v, bool) else str(v) for v in accepted)}"
-    message = f"engine {config.engine} cannot do {setting(config, key)}"
+    why = WHY.get((config.engine, key))
+    message = f"engine {config.engine} cannot do {setting(config, key)}" + (f": {why}" if why else "")
     return Problem((f"engine={config.engine}", setting(config, key)), message, fix)
 
 

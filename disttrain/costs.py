@@ -132,7 +132,7 @@ def flops_per_sequence(config: Config) -> dict[str, float]:
 
 
 class StateBytes(NamedTuple):
-    """Bytes in memory under AdamW, of one parameter or of all that a rank holds."""
+    """Bytes in memory of one parameter under AdamW, or of all that a rank holds."""
 
     weight: int
     """Master weight: fp32, or fp64 for proofs."""
@@ -141,7 +141,7 @@ class StateBytes(NamedTuple):
     what ZeRO gathers."""
     gradient: int
     optimizer: int
-    """Two moments."""
+    """Two moments of one; `disttrain.memory` knows other optimizers."""
 
     @property
     def total(self) -> int:
@@ -153,13 +153,6 @@ def state_bytes_per_parameter(precision: Precision) -> StateBytes:
     """Bytes for each parameter of a rank that holds it whole (Rajbhandari et al. 2020, 3.1); see `disttrain.memory`."""
     wide = _wide_bytes(precision)
     return StateBytes(wide, 2 if precision in ("bf16", "fp16") else 0, wide, 2 * wide)
-
-
-def checkpoint_bytes(model: ModelConfig, precision: Precision) -> int:
-    """Bytes of one checkpoint: weights and both moments, 12 for each parameter (24 in fp64); error feedback, and 1-bit
-    LAMB's third moment, come on top."""
-    each = state_bytes_per_parameter(precision)
-    return parameter_count(model).total * (each.weight + each.optimizer)
 
 
 class ActivationBytes(NamedTuple):

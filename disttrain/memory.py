@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from disttrain import costs
 from disttrain.config.coded import may_be_coded
+from disttrain.config.optimizer import OptimConfig, is_hidden
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import Config, ModelConfig, ParallelConfig, Precision
 from disttrain.costs import ActivationBytes, Device, Recompute, StateBytes
@@ -163,8 +164,8 @@ def predict(
         sharing = sharing._replace(undecided=feedback if may_skip(config, precision) else 0)
         found_moments = moments(count, sharing, held, block, head, each.weight, each.compute_copy or each.weight)
         name, most = max(found_moments.items(), key=lambda item: item[1].total)
-        optimizer = count.held * each.optimizer + sum(
-            fresh_bytes(config, precision, len(layers[n]), *end, mesh.tensor)
+        optimizer = sum(
+            optimizer_bytes(config, precision, len(layers[n]), *end, mesh.tensor, cut)
             for n, end in zip(numbers, ends, strict=True)
         )
         weight = count.held * each.weight
@@ -251,12 +252,44 @@ def activations_of(
     return of(1, False), of(0, True), costs.passing_bytes(model, length, size, precision, **axes)
 
 
-def fresh_bytes(config: Config, precision: Precision, layers: int, first: bool, last: bool, tensor: int) -> int:
-    """The second moments that 1-bit LAMB goes on to learn of the matrices of a stage beside those it has frozen."""
-    if config.compression.codec != "onebit_lamb":
-        return 0
-    shapes = parameter_shapes(config.model, range(layers), first, last, tensor=tensor)
-    return costs.state_bytes_per_parameter(precision).weight * sum(prod(s) for s in shapes.values() if len(s) > 1)
+def optimizer_elements(optim: OptimConfig, name: str, whole: Sequence[int], held: int) -> int:
+    """Elements of the state that an optimizer keeps of a parameter of this whole shape, of which a rank holds so many.
+
+    adamw, lamb, adam and radam: two moments of each. sgd: one with momentum, else none. adagrad: one. rmsprop: one, one more
+    with momentum, and one more if centered. adafactor: n + m of a whole matrix [n, m], whatever part of it is held, and one
+    of each of a vector's. muon: one of a hidden matrix, else two.
+    """
+    if optim.name == "adafactor":
+        return sum(whole) if len(whole) > 1 else held
+    if optim.name == "muon":
+        return held * (1 if is_hidden(name, len(whole)) else 2)
+    return held * len(optim.state)
+
+
+def optimizer_bytes(
+    config: Config, precision: Precision, layers: int, first: bool, last: bool, tensor: int, shards: int = 1
+) -> int:
+    """The optimizer's state of a stage on a tensor rank, of `shards` that ZeRO cuts it over; with the second moments that
+    1-bit LAMB goes on to learn of matrices beside those it has frozen."""
+    fresh = config.compression.codec == "onebit_lamb"
+
+    def elements(number: range, *ends: bool) -> int:
+        cut = parameter_shapes(config.model, number, *ends, tensor=tensor)
+        found = 0
+        for name, whole in parameter_shapes(config.model, number, *ends).items():
+            held = prod(cut[name] if _block_norm(name) else (-(-cut[name][0] // shards), *cut[name][1:]))
+            found += optimizer_elements(config.optim, name, whole, held) + held * (fresh and len(whole) > 1)
+        return found
+
+    of_all = layers * elements(range(1), False, False) + elements(range(0), first, last)
+    return of_all * costs.state_bytes_per_parameter(precision).weight
+
+
+def checkpoint_bytes(config: Config, precision: Precision) -> int:
+    """Bytes of one checkpoint: weights and the optimizer's state, 12 for each parameter under AdamW (24 in fp64); error
+    feedback comes on top."""
+    weights = costs.parameter_count(config.model).total * costs.state_bytes_per_parameter(precision).weight
+    return weights + optimizer_bytes(config, precision, config.model.layers, True, True, 1)
 
 
 def residual_bytes(

@@ -148,10 +148,11 @@ def _memory(config: Config, mesh: Mesh) -> Group:
         if amount:
             table.add_row(name, size(amount))
     table.add_row("[bold]together" + (" on the device" if worst.host else ""), f"[bold]{size(worst.total)}")
-    kept = costs.checkpoint_bytes(config.model, precision)
+    kept = memory.checkpoint_bytes(config, precision)
     if config.outer.method != "none":  # each worker's weights and moments beside the common ones, and outer momentum
         workers = mesh.replicate if config.parallel.zero else mesh.data_ranks
-        kept += workers * kept + (kept // 3 if config.outer.method == "nesterov" else 0)
+        weights = costs.parameter_count(config.model).total * costs.state_bytes_per_parameter(precision).weight
+        kept += workers * kept + (weights if config.outer.method == "nesterov" else 0)
     count = checkpoints_on_disk(config)
     table.add_row(f"on disk: {count} checkpoints", size(kept * count))
     whose = ", as if its layers were the family's" if config.model.source else ""

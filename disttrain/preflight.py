@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
-from disttrain import checkpoint, costs, data, layout, loggers, memory
+from disttrain import checkpoint, data, layout, loggers, memory
 from disttrain.config import horovod_checks
 from disttrain.config.checks import checkpoints_on_disk
 from disttrain.config.load import parsed
+from disttrain.config.optimizer import OptimConfig
 from disttrain.config.problems import Problem
 from disttrain.config.schema import Config
 from disttrain.config.settings import no_effect, setting
@@ -177,7 +179,21 @@ def _changed(config: Config, folder: Path) -> list[Problem]:
             found.append(Problem((f"{name}={after}", f"{folder}/config.yaml has {before}"),
                                  "the run in this folder was trained with another value and cannot go on with this one",
                                  f"use {name}={before}, or another run.name"))  # fmt: skip
-    return found
+    return [*found, *_other_state(config, folder, _at(saved, "optim"))]
+
+
+def _other_state(config: Config, folder: Path, saved: object) -> list[Problem]:
+    """Whether the optimizer can go on from what the one of the saved settings has kept."""
+    try:
+        before = OptimConfig.model_validate(saved or {})
+    except ValidationError:
+        return []
+    if before.state == config.optim.state:
+        return []
+    kept, needed = (", ".join(state) or "nothing" for state in (before.state, config.optim.state))
+    return [Problem((setting(config, "optim.name"), f"{folder}/config.yaml has optim.name={before.name}"),
+                    f"the optimizer of the run in this folder keeps {kept}, and this one goes on from {needed}",
+                    "use the settings of that run, or begin a new run from its weights: checkpoint.weights")]  # fmt: skip
 
 
 def _at(tree: object, key: str) -> object:
@@ -198,7 +214,7 @@ def _disk(config: Config, parent: Path) -> list[Problem]:
     model = config.model
     if model.vocab_size is None or (model.head_size is None and model.hidden_size % model.heads):
         return []
-    each = costs.checkpoint_bytes(config.model, "fp64" if config.precision == "fp64" else "fp32")
+    each = memory.checkpoint_bytes(config, "fp64" if config.precision == "fp64" else "fp32")
     count = checkpoints_on_disk(config)
     needed, free = each * (count + 1), shutil.disk_usage(parent).free
     if needed <= free:

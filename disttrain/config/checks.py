@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from disttrain.config.compression_checks import compression_problems
 from disttrain.config.layout_checks import layout_problems
+from disttrain.config.optimizer_checks import optimizer_problems
 from disttrain.config.outer_checks import outer_problems
 from disttrain.config.problems import Problem
 from disttrain.config.profile_checks import profile_problems
@@ -36,8 +37,9 @@ def validate(config: Config, world_size: int) -> list[Problem]:
         _model(config),
         _batch(config, world_size),
         _length(config),
-        _optimizer(config),
         _penalties(config),
+        optimizer_problems(config),
+        _loss_scale(config),
         _ignored(config),
         _kept(config),
         compression_problems(config, world_size, total_steps(config)),
@@ -142,20 +144,7 @@ def _kept(config: Config) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _optimizer(config: Config) -> Iterator[Problem]:
-    optim = config.optim
-    if optim.schedule == "inverse_sqrt" and optim.warmup_steps == 0:
-        yield Problem(
-            ("optim.schedule=inverse_sqrt", "optim.warmup_steps=0"),
-            "the inverse square root schedule is defined by its warm-up",
-            "give optim.warmup_steps, for example 100",
-        )
-    if given(config, "optim.decay_fraction") and optim.schedule != "wsd":
-        yield no_effect(config, "optim.decay_fraction", "optim.schedule", "optim.schedule=wsd")
-    if given(config, "optim.min_lr_ratio") and optim.schedule in ("constant", "inverse_sqrt"):
-        yield no_effect(config, "optim.min_lr_ratio", "optim.schedule", "optim.schedule=cosine, linear or wsd")
-    if given(config, "optim.implementation") and optim.name != "adamw":
-        yield no_effect(config, "optim.implementation", "optim.name", "optim.name=adamw")
+def _loss_scale(config: Config) -> Iterator[Problem]:
     scale = config.loss_scale
     if scale.minimum > scale.initial:
         yield Problem(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from disttrain.config.gradients import HorovodConfig, OuterConfig
+from disttrain.config.optimizer import OptimConfig
 from disttrain.config.profile import ProfileConfig
 from disttrain.config.section import Fraction, NonNegative, Positive, Section, Size
 from disttrain.config.smaller import PruningConfig, QuantizationConfig
@@ -17,7 +18,6 @@ from disttrain.config.watching import WatchConfig
 Family = Literal["gpt", "bert"]
 Corpus = Literal["python-docs", "text", "hf", "tokens"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
-Schedule = Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"]
 PipelineSchedule = Literal[
     "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
 ]
@@ -167,34 +167,6 @@ class TrainConfig(Section):
     """What the sum of absolute weights of matrices and embeddings costs; its gradient is clipped with the loss's."""
     l2_penalty: Annotated[float, Field(ge=0)] = 0.0
     """What half the sum of their squares costs: decay that is coupled to the gradient, where optim.weight_decay is not."""
-
-
-class OptimConfig(Section):
-    """Optimizer and learning-rate schedule."""
-
-    name: Literal["adamw", "lamb"] = "adamw"
-    """adamw (Loshchilov and Hutter 2019) or lamb (You et al. 2020), whose steps are as long as each matrix's weights say.
-    Decay is decoupled and applied to matrices only."""
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    """Peak learning rate."""
-    beta1: Fraction = 0.9
-    """Decay of the first moment."""
-    beta2: Fraction = 0.95
-    """Decay of the second moment."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay of matrices and embeddings."""
-    implementation: Literal["auto", "fused", "foreach"] = "auto"
-    """torch's kernel for the update of adamw; auto takes fused."""
-    schedule: Schedule = "cosine"
-    """Shape of the learning rate after warm-up. wsd: warm-up, stable, decay."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear warm-up from zero."""
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Last learning rate as a share of the peak (cosine, linear, wsd)."""
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the steps that wsd spends decaying."""
 
 
 class LossScaleConfig(Section):

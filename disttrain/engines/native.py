@@ -27,7 +27,7 @@ from disttrain.parallel.parallelize import parallelize
 from disttrain.parallel.pipeline import Pipeline
 from disttrain.parallel.pruned import pruned
 from disttrain.parallel.stage import Clock
-from disttrain.parallel.whole import across_parts
+from disttrain.parallel.whole import parts_of
 from disttrain.precision import LossScale, autocast, master_dtype
 
 
@@ -56,8 +56,8 @@ class NativeEngine:
         masters = [(p.shard.name, p.master) for p in self.parameters]
         self._inner = groups.inner(config.parallel.zero) if apart else groups.data
         """Data ranks whose gradients are summed every step."""
-        across = across_parts(self.parameters, groups, self._inner, device)
-        self.optimizer = build_optimizer(config.optim, masters, config.compression.codec, across)
+        parts = parts_of(self.parameters, groups, self._inner, device)
+        self.optimizer = build_optimizer(config.optim, masters, config.compression.codec, parts, config.model.heads)
         self._reduction = reduction
         if reduction is not None:
             self.optimizer = reduction.attach(self.optimizer, masters)

@@ -9,7 +9,7 @@ from torch import Tensor
 from disttrain.config.schema import Config
 from disttrain.engines import Saved, State
 from disttrain.grad_compression.compressor import Compressor
-from disttrain.optim import OneBitAdamW, OneBitLamb, no_moments
+from disttrain.optim import OneBitAdamW, OneBitLamb, begin
 from disttrain.parallel import compression_state, sharding
 from disttrain.parallel.collectives import GroupLink
 from disttrain.parallel.groups import Group, Groups
@@ -50,17 +50,15 @@ class NativeState:
         mesh = sharding.state_mesh(self.groups, self.device_type)
         model: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {}
+        begin(self.optimizer)
         for p in self.parameters:
             name = p.shard.tied_to or p.shard.name
             if p.master.numel() == 0:
                 continue  # nothing of it is here
-            state = self.optimizer.state[p.master] or no_moments(p.master)
-            self.optimizer.state[p.master] = state
             weight = p.master.detach() if self.outer is None else self.outer.weight[p.shard.name]
             model[name] = sharding.as_whole(p.shard, weight, mesh)
             moments[name] = {
-                key: value if value.ndim == 0 else sharding.as_whole(p.shard, value, mesh)
-                for key, value in state.items()
+                key: sharding.placed(p.shard, key, value, mesh) for key, value in self.optimizer.state[p.master].items()
             }
         found: State = {"model": model, "optimizer": moments}
         if self.outer is not None:

@@ -15,7 +15,7 @@ from disttrain.grad_compression.compressor import Compressor
 from disttrain.parallel.collectives import GroupLink, reduce_over
 from disttrain.parallel.gradients import sum_over
 from disttrain.parallel.groups import Group, Groups
-from disttrain.parallel.sharding import LocalParameter, as_whole, local
+from disttrain.parallel.sharding import LocalParameter, as_whole, local, placed
 from disttrain.parallel.thread import one_thread
 
 State = dict[str, Tensor]
@@ -143,7 +143,7 @@ class OuterSteps:
             common = {"momentum": self.momentum.get(p.shard.name), "pending": pending.get(p.shard.name)}
             state |= {f"{key}.{name}": as_whole(p.shard, x, mesh) for key, x in common.items() if x is not None}
             own = {"weight": p.master.detach(), **{key: x.clone() for key, x in self._moments(p).items()}}
-            state |= {f"worker.{self.link.rank}.{key}.{name}": as_whole(p.shard, x, mesh) for key, x in own.items()}
+            state |= {f"worker.{self.link.rank}.{key}.{name}": placed(p.shard, key, x, mesh) for key, x in own.items()}
         return state
 
     @property
@@ -163,11 +163,12 @@ class OuterSteps:
                 workers.setdefault(own, []).append(key)
         for p in self._parameters:
             name = p.shard.tied_to or p.shard.name
-            keys = [f"momentum.{name}", f"pending.{name}"]
-            keys += [key for kind in ("weight", *self._moments(p)) for key in self._mine(workers.get((kind, name), []))]
-            for key in keys:
+            like = {("weight", f"{key}.{name}"): p.master for key in ("momentum", "pending")}
+            for kind, x in (("weight", p.master), *self._moments(p).items()):
+                like |= {(kind, key): x for key in self._mine(workers.get((kind, name), []))}
+            for (kind, key), x in like.items():
                 if _PREFIX + key in saved and p.master.numel():
-                    state[key] = as_whole(p.shard, torch.zeros_like(p.master), mesh)
+                    state[key] = placed(p.shard, kind, torch.zeros_like(x, requires_grad=False), mesh)
         return state
 
     def _mine(self, keys: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Split
 
+from disttrain.optim import in_parts
 from disttrain.parallel.groups import Groups, ranks_along
 
 
@@ -149,3 +150,9 @@ def as_whole(shard: Shard, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     stride = torch.empty(shard.shape, device="meta").stride()
     placements = (over_tensor, Replicate(), over_data)
     return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shard.shape, stride=stride)
+
+
+def placed(shard: Shard, key: str, value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """What an optimizer keeps of a parameter under this key: of a part its place in the whole; what is whole on every rank
+    as it is."""
+    return as_whole(shard, value, mesh) if in_parts(key, value) else value

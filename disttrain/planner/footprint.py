@@ -148,7 +148,7 @@ class Footprint:
         found, (tensor, zero, shards, replicas) = self.pipelines.of(schedule, pipeline, virtual), sharing
         kinds = [found.kinds[n] for n in found.ranks[rank]]
         parameters = memory.of_rank([self.count(kind, tensor, shards) for kind in kinds])
-        fresh = sum(memory.fresh_bytes(self.config, self.precision, *kind, tensor) for kind in kinds)
+        optimizer = sum(memory.optimizer_bytes(self.config, self.precision, *kind, tensor, shards) for kind in kinds)
         feedback = 0
         if self.config.compression.codec != "none":
             feedback = sum(
@@ -156,8 +156,7 @@ class Footprint:
                                       shards * replicas, replicas)
                 for kind in kinds
             )  # fmt: skip
-        held = parameters.held
-        return Static(parameters, held * self._each.weight, held * self._each.optimizer + fresh, feedback)
+        return Static(parameters, parameters.held * self._each.weight, optimizer, feedback)
 
     def _active(
         self, micro: int, recompute: costs.Recompute, tensor: int, sequence: bool, context: int, method: Any, pipeline: int,

@@ -22,9 +22,14 @@ from disttrain.planner.timeline import Span, Stages, span
 from disttrain.stages import SCHEDULES, layers_of_stages
 from disttrain.verify.layouts import Layout
 
-ADAMW_BYTES, FOREACH_BYTES, LAMB_BYTES = 28, 88, 120
+FUSED_BYTES = 28
 """Moved for each element that a rank updates, in fp32: torch's fused kernel reads weight, gradient and moments and
-writes all but the gradient; foreach kernels go over them in turn."""
+writes all but the gradient."""
+FOREACH_BYTES = {
+    "adamw": 88, "lamb": 120, "sgd": 44, "adagrad": 64, "rmsprop": 64, "adam": 92, "radam": 104, "adafactor": 68, "muon": 48,
+}  # fmt: skip
+"""The same where kernels go over all of them in turn, pass by pass; what Muon multiplies and gathers of whole matrices is
+not in it."""
 SMALL_MESSAGES = 3
 """All-reduces of a few numbers over the world: targets, losses, the gradient's norm."""
 
@@ -259,8 +264,8 @@ class Predictor:
 
     def _optimizer(self, layout: Layout, shards: int) -> float:
         optim, train, wide = self.config.optim, self.config.train, self.execution.master / 4
-        fused = optim.name == "adamw" and optim.implementation != "foreach"
-        each = LAMB_BYTES if optim.name == "lamb" else ADAMW_BYTES if fused else FOREACH_BYTES
+        fused = optim.name in ("adamw", "adam") and optim.implementation != "foreach"
+        each = FUSED_BYTES if fused else FOREACH_BYTES[optim.name]
         each += 4 + (8 if train.clip_grad_norm is not None or self.precision == "fp16" else 0)  # norm, clipping
         pipeline = layout.schedule, layout.pipeline, virtual_of(layout)
         updated = self.footprint.updated(*pipeline, layout.tensor, shards)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from disttrain.optim import in_parts
 from disttrain.precision import LossScale
 from disttrain.verify.compare import Ledger
 from disttrain.verify.expectation import Following
@@ -17,8 +18,9 @@ from disttrain.verify.records import Reference, StepTrace
 class Loaded:
     """What an engine holds; whole on rank 0."""
 
-    said: list[tuple[LossScale, dict[str, float]]]
-    """The loss scale of each rank, and the optimizer's counts by their names in a checkpoint."""
+    said: list[tuple[LossScale, dict[str, Tensor]]]
+    """The loss scale of each rank, and what of the optimizer's state is whole there, counts and factors, by their names in a
+    checkpoint."""
     weights: dict[str, Tensor]
     apart: dict[str, float]
     """How far copies of a weight are apart."""
@@ -71,24 +73,27 @@ def compare_state(ledger: Ledger, ours: Mapping[str, Tensor], wanted: Mapping[st
 def compare_loaded(ledger: Ledger, loaded: Loaded, following: Following, reference: Reference) -> None:
     """All that an engine holds once it has loaded a checkpoint of one process."""
     wanted, wanted_scale = following.files, reference.saved
-    for rank, (scale, counts) in enumerate(loaded.said):
+    for rank, (scale, whole) in enumerate(loaded.said):
         at = f"as loaded, on rank {rank}"
         ledger.exact("skip", SAVED, "loss_scale", scale.value, wanted_scale.value, at)
         ledger.exact("skip", SAVED, "good_steps", scale.good_steps, wanted_scale.good_steps, at)
-        for name, count in counts.items():
-            ledger.exact("checkpoint", SAVED, name, count, float(wanted[name]), at)
-    met = {name for _, counts in loaded.said for name in counts}
+        for name in (name for name, value in whole.items() if value.ndim == 0):
+            ledger.exact("checkpoint", SAVED, name, float(whole[name]), float(wanted[name]), at)
+        factors = {name: value for name, value in whole.items() if value.ndim}
+        compare_state(ledger, factors, {name: wanted[name] for name in factors})
+    met = {name for _, whole in loaded.said for name in whole}
     moments = moments_of(reference)
     for name in sorted(name for name in wanted.keys() - met if kind_of(name) not in ("weight", *moments)):
-        ledger.exact("checkpoint", SAVED, name, None, float(wanted[name]), "it is missing")
+        ledger.exact("checkpoint", SAVED, name, None, float(wanted[name].flatten()[0]), "it is missing")
     ledger.tensors("weights", SAVED, loaded.weights, following.weights, reference.tied, "as loaded")
     compare_copies(ledger, "replicas", SAVED, loaded.apart)
     compare_state(ledger, loaded.moments, {name: wanted[name] for name in wanted if kind_of(name) in moments})
 
 
 def moments_of(reference: Reference) -> list[str]:
-    """What the optimizer has as many of as a parameter has elements: `exp_avg`, not `step`."""
-    return sorted({kind_of(name) for name, tensor in reference.files.items() if tensor.ndim} - {"weight"})
+    """What the optimizer has as many of as a parameter has elements: `exp_avg`, not `step` or `row_var`."""
+    files = reference.files.items()
+    return sorted({kind_of(name) for name, tensor in files if in_parts(kind_of(name), tensor)} - {"weight"})
 
 
 def kind_of(name: str) -> str:

@@ -101,7 +101,9 @@ class Derived:
     def start(self, initial: Mapping[str, Tensor]) -> None:
         """One process takes over the weights, with a fresh optimizer."""
         self.parameters = {name: nn.Parameter(weight.clone()) for name, weight in initial.items()}
-        self.optimizer = build_optimizer(self.config.optim, list(self.parameters.items()))
+        self.optimizer = build_optimizer(
+            self.config.optim, list(self.parameters.items()), heads=self.config.model.heads
+        )
 
     def step(self, ours: StepTrace) -> StepTrace:
         """The reference's losses, gradients and decisions, and what follows from our gradients."""
@@ -147,7 +149,8 @@ class Derived:
         files = self.reference.files
         other.start({name: files[f"model.{name}"].to(dtype) for name in self.parameters})
         for name, parameter in other.parameters.items():
-            state = {key: files[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            start = f"optimizer.{name}."
+            state = {key.removeprefix(start): value for key, value in files.items() if key.startswith(start)}
             other.optimizer.state[parameter] = {
                 key: value.clone() if value.ndim == 0 else value.to(dtype, copy=True) for key, value in state.items()
             }

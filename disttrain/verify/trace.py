@@ -240,20 +240,21 @@ class _Observed:
         kinds = moments_of(reference)
         values = {
             kind: self._gathering.flat([
-                (shard, local(saved[name][kind]) if weight.numel() else weight)
+                (shard, local(saved.get(name, {}).get(kind, weight)))
                 for name, (shard, weight) in zip(names, weights, strict=True)
             ])
             for kind in kinds
         }  # fmt: skip
-        counts = {
-            f"optimizer.{name}.{key}": float(value)
+        whole = {
+            f"optimizer.{name}.{key}": value.detach().cpu()
             for name, state in saved.items()
             for key, value in state.items()
             if key not in kinds
         }
-        brought = self._bring((self.engine.scale, counts), values, {})
+        brought = self._bring((self.engine.scale, whole), values, {})
         moments = {f"optimizer.{n}.{kind}": t for kind in kinds for n, t in brought.whole.get(kind, {}).items()}
-        return Loaded(brought.said, brought.whole.get("weight", {}), brought.apart["weight"], moments)
+        kept = {name: t for name, t in moments.items() if name in reference.files}  # not every parameter has every kind
+        return Loaded(brought.said, brought.whole.get("weight", {}), brought.apart["weight"], kept)
 
     def close(self) -> None:
         """Let go of the engine."""

@@ -72,6 +72,7 @@ def test_compiling_leaves_out_what_cannot_be_compiled() -> None:
 
 @pytest.mark.parametrize("values", [{}, {"family": "bert"}, {"precision": "fp32"},
                                     {"compression": {"codec": "powersgd"}},
+                                    {"optim": {"name": "adafactor"}}, {"optim": {"name": "muon"}},
                                     {"compression": {"codec": "onebit_lamb", "warmup_steps": 2},
                                      "optim": {"name": "lamb"}}])  # fmt: skip
 def test_bytes_are_those_of_check(values: dict[str, Any]) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from disttrain import costs
+from disttrain import costs, memory
 from disttrain.config.presets import PRESETS
-from disttrain.config.schema import ModelConfig
+from disttrain.config.schema import Config, ModelConfig
 from disttrain.models import build_model
 
 SHAPES: list[dict[str, Any]] = [
@@ -151,8 +151,8 @@ def test_bytes_of_state_and_checkpoint():
     optimizer.step()
     moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
     weights = sum(p.nbytes for p in held.parameters())
-    assert costs.checkpoint_bytes(model, "fp32") == weights + moments
-    assert costs.checkpoint_bytes(model, "fp64") == 2 * (weights + moments)
+    assert memory.checkpoint_bytes(Config(model=model), "fp32") == weights + moments
+    assert memory.checkpoint_bytes(Config(model=model), "fp64") == 2 * (weights + moments)
 
 
 def saved_bytes(model_config: ModelConfig, precision: str, sequences: int, length: int, predicted: int) -> int:
