@@ -10,24 +10,29 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "disttrain"
 
 LAYERS: list[set[str]] = [
+    {"sets"},
     {"hardware", "launch", "capabilities", "config", "interruption"},
+    {"task_shapes"},
     {"mesh", "costs", "failures", "folders"},
     {"stages", "deepspeed_config", "hang", "moments"},
     {"layout", "memory"},
     {"models", "data", "optim", "precision", "checkpoint_contents", "ranges"},
-    {"grad_compression"},
+    {"grad_compression", "labelled"},
+    {"scores"},
+    {"inputs"},
     {"parallel"},
     {"engines"},
     {"checkpoint", "metrics", "loggers", "report", "codec_choice"},
     {"assembly", "preflight", "overview", "doctor", "saving", "watch", "profiling"},
+    {"scoring"},
     {"header", "recorder"},
     {"trainer"},
     {"tasks", "run", "slurm_script"},
-    {"verify"},
+    {"verify", "teaching"},
     {"rehearsal"},
     {"planner"},
     {"calibration"},
-    {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands", "checking", "planning"},
+    {"local_ranks", "demo", "preparing", "elastic", "checkpoint_commands", "checking", "planning", "finetuning"},
     {"compare", "calibrating"},
     {"cli", "__main__"},
 ]
@@ -40,7 +45,8 @@ SAME_LAYER = {("launch", "config"), ("capabilities", "config"), ("hardware", "co
 
 TORCH_FREE = ["hardware", "launch", "capabilities", "config.load", "config.checks", "config.describe", "mesh", "costs",
               "stages", "deepspeed_config", "layout", "memory", "data", "preflight", "overview", "loggers", "report",
-              "watch", "slurm_script", "failures", "hang.reading", "preparing", "folders", "compare.command",
+              "watch", "slurm_script", "inputs", "sets", "task_shapes", "scores.judging",
+              "failures", "hang.reading", "preparing", "folders", "compare.command",
               "compare.report", "planning", "planner.config", "planner.report", "planner.search", "planner.validation",
               "calibrating", "moments", "cli"]  # fmt: skip
 

@@ -4,14 +4,16 @@ The model has no storage until the last step, so that no rank ever holds more th
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from disttrain.config.schema import Config, Precision
 from disttrain.grad_compression.compressor import Compressor
-from disttrain.models import Model, build_model, initial_value, tie_weights
+from disttrain.models import Model, TaskModel, build_model, initial_value, tie_weights
 from disttrain.parallel import data
+from disttrain.parallel.collectives import reduce_over
 from disttrain.parallel.context import apply_context_parallel
 from disttrain.parallel.groups import Groups
 from disttrain.parallel.pipeline import keep_stage
@@ -55,6 +57,8 @@ def parallelize(
         keep_stage(model, layers[number], number == 0, number == len(layers) - 1)
         cut = apply_tensor_parallel(model, groups.tensor, parallel.sequence)
         apply_context_parallel(model, groups.context, parallel.context_method)
+        if isinstance(model, TaskModel):
+            model.over_data = partial(reduce_over, groups.data)
         apply_recompute(model, parallel.recompute)
         if config.run.compile:
             compile_blocks(model)
