@@ -20,12 +20,7 @@ def documents(path: str, name: str | None, split: str, text_field: str) -> Itera
     RefusedInput when the data set cannot be opened or its records hold no text under text_field.
     """
     settings = (f"data.path={path}", f"data.hf_config={name}", f"data.hf_split={split}")
-    try:
-        records = _open(path, name, split)
-    except Exception as error:  # datasets raises a dozen unrelated types for user mistakes and network failures
-        problem = Problem(settings, f"the data set cannot be opened: {type(error).__name__}: {error}",
-                          "check name, configuration and split; without network, give a local folder")  # fmt: skip
-        raise RefusedInput([problem]) from error
+    records = opened(settings, path, name, split)
     for record in records:
         text = record.get(text_field)
         if not isinstance(text, str):
@@ -34,6 +29,17 @@ def documents(path: str, name: str | None, split: str, text_field: str) -> Itera
                               f"give data.text_field; the records have: {', '.join(sorted(record))}")  # fmt: skip
             raise RefusedInput([problem])
         yield text
+
+
+def opened(settings: tuple[str, ...], path: str, name: str | None, split: str) -> Iterable[dict[str, Any]]:
+    """The records of a data set as `documents` takes it, streamed. Raises RefusedInput, naming the settings, when it
+    cannot be opened."""
+    try:
+        return _open(path, name, split)
+    except Exception as error:  # datasets raises a dozen unrelated types for user mistakes and network failures
+        problem = Problem(settings, f"the data set cannot be opened: {type(error).__name__}: {error}",
+                          "check name, configuration and split; without network, give a local folder")  # fmt: skip
+        raise RefusedInput([problem]) from error
 
 
 def _open(path: str, name: str | None, split: str) -> Iterable[dict[str, Any]]:

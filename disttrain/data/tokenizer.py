@@ -36,6 +36,8 @@ class Tokenizer:
     """Spelling by role."""
     encode_batch: Callable[[Sequence[str]], list[np.ndarray]]
     """Ids (int64) of each text, without adding special tokens."""
+    encode_offsets: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray]]]
+    """The same ids, and beside them the characters [start, stop) of the text that each stands for: int64, (tokens, 2)."""
     decode: Callable[[Sequence[int] | np.ndarray], str]
     """Text of ids; special tokens appear by name."""
 
@@ -89,6 +91,13 @@ def byte_tokenizer() -> Tokenizer:
     def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
 
+    def encode_offsets(texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = []
+        for text, ids in zip(texts, encode_batch(texts), strict=True):
+            of = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
+            found.append((ids, np.stack([of, of + 1], axis=1)))
+        return found
+
     def decode(ids: Sequence[int] | np.ndarray) -> str:
         return b"".join(names[i] if i > 255 else bytes([i]) for i in map(int, ids)).decode(errors="replace")
 
@@ -97,6 +106,7 @@ def byte_tokenizer() -> Tokenizer:
         special_ids={role: 256 + i for i, role in enumerate(roles)},
         special_names=dict(zip(roles, TRAINED_SPECIALS, strict=True)),
         encode_batch=encode_batch,
+        encode_offsets=encode_offsets,
         decode=decode,
     )
 
@@ -160,6 +170,10 @@ def _from_library(library: Any) -> Tokenizer:
         encoded = library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(e.ids, dtype=np.int64) for e in encoded]
 
+    def encode_offsets(texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        encoded = library.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.asarray(e.ids, np.int64), np.asarray(e.offsets, np.int64).reshape(-1, 2)) for e in encoded]
+
     def decode(ids: Sequence[int] | np.ndarray) -> str:
         return library.decode([int(i) for i in ids], skip_special_tokens=False)
 
@@ -168,5 +182,6 @@ def _from_library(library: Any) -> Tokenizer:
         special_ids={role: vocabulary[name] for role, name in names.items()},
         special_names=names,
         encode_batch=encode_batch,
+        encode_offsets=encode_offsets,
         decode=decode,
     )

@@ -95,7 +95,7 @@ def preflight(config: Config) -> list[Problem]:
     if config.task.path is None and config.task.source == "files":
         problems.append(Problem((setting(config, "task.set"), "task.path=null"), "nothing says where its files are",
                                 "give task.path, or use task.source=hub"))  # fmt: skip
-    else:
+    elif config.task.folds is None or config.task.fold < config.task.folds:
         problems += _refused(lambda: chosen_examples(config))
     if config.data.tokenizer != "words":
         return [*problems, *_tokenizer_problems(config)]

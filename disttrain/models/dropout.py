@@ -56,9 +56,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, site: int):
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout={p} is outside 0 to below 1")
-        self.p = p
+        self.p = _probability(p)
         self.site: int | Tensor = site
         self.part: tuple[int, int] = (0, 1)
         """(i, n): x holds chunk i of the n equal chunks of the keys' positions (sequence parallelism)."""
@@ -70,13 +68,74 @@ class Dropout(nn.Module):
         """
         if not self.training or self.p == 0:
             return x
-        if keys is None or keys.seeds is None:
-            raise ValueError(f"dropout={self.p} while training needs keys: the batch has no dropout_seeds")
+        seeds, positions = _needed(keys, self.p)
         index, parts = self.part
-        positions = keys.positions[:1] if x.ndim == 2 else keys.positions.chunk(parts)[index]
-        rows = _mix(at_site(keys.seeds, self.site)[:, None] + _mix(positions))
+        positions = positions[:1] if x.ndim == 2 else positions.chunk(parts)[index]
+        rows = _mix(at_site(seeds, self.site)[:, None] + _mix(positions))
         features = torch.arange(x.shape[-1], device=x.device)
         return _drop(x, _kept(rows, _mix(features ^ _COLUMN), self.p).view(x.shape), self.p)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"p={self.p}, site={self.site}"
+
+
+class WordDropout(nn.Module):
+    """Embedding dropout (Gal and Ghahramani 2016, section 4.2): whole words of the vocabulary are dropped, a sequence each.
+
+    A word that is dropped in a sequence is so at all its places there, and other sequences drop other words: rows of the
+    embedding matrix are dropped, not places of a text. Its mask is a function of (the sample's seed, site, word).
+    """
+
+    def __init__(self, p: float, site: int):
+        super().__init__()
+        self.p, self.site = _probability(p), site
+
+    def forward(self, x: Tensor, tokens: Tensor, keys: Keys | None) -> Tensor:
+        """Embedded words x [B, S, H] of tokens int64 [B, S] -> [B, S, H]. The identity in eval mode or at p = 0.
+
+        Raises ValueError when it should drop and has no keys.
+        """
+        if not self.training or self.p == 0:
+            return x
+        seeds, _ = _needed(keys, self.p)
+        rows = _mix(at_site(seeds, self.site)[:, None] + _mix(tokens))
+        return _drop(x, _kept(rows, _mix(tokens.new_tensor([_COLUMN])), self.p), self.p)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"p={self.p}, site={self.site}"
+
+
+class LockedDropout(nn.Module):
+    """Variational dropout of recurrent networks (Gal and Ghahramani 2016, section 4.1): one mask for all positions.
+
+    Its mask is a function of (the sample's seed, site, feature). Between layers call it; within a recurrence multiply the
+    hidden state of each step by `factors`, taken once a sequence.
+    """
+
+    def __init__(self, p: float, site: int):
+        super().__init__()
+        self.p, self.site = _probability(p), site
+
+    def forward(self, x: Tensor, keys: Keys | None) -> Tensor:
+        """x [B, S, H] -> [B, S, H], whatever positions it holds. The identity in eval mode or at p = 0.
+
+        Raises ValueError when it should drop and has no keys.
+        """
+        if not self.training or self.p == 0:
+            return x
+        return _drop(x, self._mask(x.shape[-1], keys)[:, None], self.p)
+
+    def factors(self, x: Tensor, keys: Keys | None) -> Tensor:
+        """For a state x [B, H]: 0 where dropped, 1 / (1 - p) where kept, in its type. Ones in eval mode or at p = 0."""
+        if not self.training or self.p == 0:
+            return torch.ones_like(x)
+        return self._mask(x.shape[-1], keys).to(x.dtype).mul_(1 / (1 - self.p))
+
+    def _mask(self, features: int, keys: Keys | None) -> Tensor:
+        rows = at_site(_needed(keys, self.p)[0], self.site)
+        return _kept(rows, _mix(torch.arange(features, device=rows.device) ^ _COLUMN), self.p)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -91,6 +150,18 @@ def at_site(seeds: Tensor, site: int | Tensor) -> Tensor:
 def as_tensor(site: int) -> Tensor:
     """A site for a module that is compiled: torch.compile makes one graph for each value of an integer attribute."""
     return torch.tensor(_salt(site), device="cpu")
+
+
+def _probability(p: float) -> float:
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout={p} is outside 0 to below 1")
+    return p
+
+
+def _needed(keys: Keys | None, p: float) -> tuple[Tensor, Tensor]:
+    if keys is None or keys.seeds is None:
+        raise ValueError(f"dropout={p} while training needs keys: the batch has no dropout_seeds")
+    return keys.seeds, keys.positions
 
 
 def _salt(site: int) -> int:

@@ -1,4 +1,4 @@
-"""Models of tasks train as in one process: heads of BERT and GPT under every axis they take, small encoders under data ranks."""
+"""Models of tasks train as in one process: heads of BERT and GPT on every axis they take, small encoders on data ranks."""
 
 import functools
 
