@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from disttrain import codec_choice, costs, data, engines, hardware, precision
+from disttrain import codec_choice, costs, engines, hardware, inputs, precision
 from disttrain.config.load import with_values
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
 from disttrain.data import Data, Prepared
 from disttrain.engines import Engine
+from disttrain.labelled.loading import LabelledData
 from disttrain.launch import RankInfo
 from disttrain.mesh import Mesh, build_mesh
 from disttrain.metrics import FlopsPerSequence, energy
@@ -34,7 +35,7 @@ class Session:
     mesh: Mesh
     groups: Groups
     device: torch.device
-    data: Data
+    data: Data | LabelledData
     engine: Engine
     parameters: int
     """Parameters of the whole model; tied ones count once."""
@@ -77,7 +78,7 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared) -> Session:
     """Build this rank's share of a run; all ranks call it together. Starts the process group."""
     device = choose_device(config, rank)
     _set_up_torch(config, rank, device)
-    corpus = data.open_data(config, prepared)
+    corpus = inputs.open_data(config, prepared)
     mesh = build_mesh(config.parallel, rank.world_size)
     chosen = precision.choose(config.precision, device.type)
     config = with_values(config, {
@@ -87,7 +88,7 @@ def assemble(config: Config, rank: RankInfo, prepared: Prepared) -> Session:
         "model.vocab_size": config.model.vocab_size or corpus.vocab_size,
         "train.micro_batch_size": config.train.micro_batch_size or config.train.global_batch_size // mesh.data_ranks,
     })  # fmt: skip
-    corpus = data.open_data(config, prepared)
+    corpus = inputs.open_data(config, prepared)
     world.start(rank, device.type, config.run.timeout_s)
     groups = make_groups(mesh, rank.rank, device.type, Traffic())
     choice = None
@@ -124,7 +125,7 @@ def renew(session: Session) -> None:
     session.engine = engines.build(session.config, session.groups, session.device, chosen)
 
 
-def _first_step(config: Config, corpus: Data, mesh: Mesh, rank: RankInfo) -> list[engines.Batch]:
+def _first_step(config: Config, corpus: Data | LabelledData, mesh: Mesh, rank: RankInfo) -> list[engines.Batch]:
     """This rank's micro-batches of the first step."""
     return list(corpus.micro_batches(0, mesh.data_rank(rank.rank), mesh.data_ranks))
 

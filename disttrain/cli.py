@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from disttrain import calibrating, checking, checkpoint_commands, planning, smaller
+from disttrain import calibrating, checking, checkpoint_commands, finetuning, planning, smaller
 from disttrain.compare import command as comparing
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
@@ -51,6 +51,8 @@ app.command("calibrate")(calibrating.calibrate)
 app.command("compare")(comparing.compare)
 app.command("report")(comparing.report)
 app.command("plan")(planning.plan)
+app.command("finetune")(finetuning.finetune)
+app.command("evaluate")(finetuning.evaluate)
 app.command("explain")(reading.show)
 app.command("vectors")(word_vectors.vectors)
 app.command("ngram")(ngrams.ngram)
@@ -284,7 +286,7 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     from disttrain.interruption import Interruption
 
     interruption = Interruption().listen()
-    from disttrain import preflight, preparing
+    from disttrain import inputs, preflight, preparing
     from disttrain.config.problems import RefusedInput
     from disttrain.elastic import goes_on, is_elastic, join, start_again
     from disttrain.launch.mpi import locate
@@ -301,6 +303,11 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
     if problems:
         raise RefusedInput(problems)
     prepared = preparing.prepare(settings, interruption, quiet=rank.rank != 0)
+    settings = inputs.with_steps(settings, prepared)
+    if settings.distill.teachers:
+        from disttrain import teaching
+
+        prepared = teaching.with_soft_labels(settings, prepared)
     from disttrain.run import run
 
     if not inside and world_size > 1:

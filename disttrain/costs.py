@@ -16,40 +16,12 @@ Four conventions of utilisation, each a function here divided by step time and p
 
 from typing import Literal, NamedTuple
 
+from disttrain import task_shapes
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import Config, DataConfig, ModelConfig, Precision
+from disttrain.parameters import parameter_count
 
 Recompute = Literal["none", "selective", "full"]
-
-
-class ParameterCount(NamedTuple):
-    """Parameters of a model; the tied decoder counts once, as an embedding."""
-
-    embedding: int
-    """Token, position and token-type embeddings."""
-    non_embedding: int
-    """Blocks, norms and heads."""
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.embedding + self.non_embedding
-
-
-def parameter_count(model: ModelConfig) -> ParameterCount:
-    """Exact parameter count.
-
-    A block has 4 H E + 2 H F weights, 3 E + 2 H + F biases and 4 H norm parameters. GPT adds a final norm (2 H); BERT an
-    embedding norm (2 H), the masked-token head (H^2 + H, norm 2 H, decoder bias V), the pooler (H^2 + H) and the
-    next-sentence head (2 H + 2).
-    """
-    shape = shape_of(model)
-    h, e, f, v = shape.hidden_size, shape.attention_size, shape.ffn_hidden_size, shape.vocab_size
-    blocks = shape.layers * (4 * h * e + 2 * h * f + 3 * e + 2 * h + f + 4 * h)
-    if model.family == "gpt":
-        return ParameterCount((v + shape.max_positions) * h, blocks + 2 * h)
-    heads = (h * h + h) + 2 * h + v + (h * h + h) + (2 * h + 2)
-    return ParameterCount((v + shape.max_positions + 2) * h, blocks + 2 * h + heads)
 
 
 class ForwardFlops(NamedTuple):
@@ -78,11 +50,16 @@ def forward_flops_per_sequence(
 
     predicted_tokens is M; BERT's default is the default mlm_probability times S. GPT predicts every token.
     """
+    if task_shapes.is_small(model):
+        return ForwardFlops(task_shapes.encoder_flops(model, sequence_length), 0,
+                            task_shapes.head_flops(model, sequence_length))  # fmt: skip
     shape = shape_of(model)
     h, e, f, v, s = shape.hidden_size, shape.attention_size, shape.ffn_hidden_size, shape.vocab_size, sequence_length
     linears = 2 * s * shape.layers * (4 * h * e + 2 * h * f)
     pairs = s * (s + 1) // 2 if causal and model.family == "gpt" else s * s
     attention = 4 * e * shape.layers * pairs
+    if model.head != "lm":
+        return ForwardFlops(linears, attention, task_shapes.head_flops(model, s))
     if model.family == "gpt":
         return ForwardFlops(linears, attention, 2 * s * h * v)
     head = 2 * _predicted(sequence_length, predicted_tokens) * (h * h + h * v) + 2 * (h * h + 2 * h)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from disttrain import report
+from disttrain.data import Tokenizer
 from disttrain.tasks.baseline import trigram_loss, uniform_loss
 from disttrain.tasks.generate import generate
 from disttrain.tasks.trained import Trained, load_trained
@@ -37,18 +38,20 @@ def show_what_was_learned(folder: Path, console: Console) -> bool:
 def _samples(trained: Trained) -> Group:
     """What the model writes after each prompt, each in a box."""
     boxes = []
+    tokenizer = trained.tokenizer
+    assert isinstance(tokenizer, Tokenizer)  # a language model's
     for prompt in PROMPTS:
         new = generate(
             trained.model,  # type: ignore[arg-type]
-            trained.tokenizer.encode(prompt).tolist(),
+            tokenizer.encode(prompt).tolist(),
             max_new_tokens=200,
             temperature=0.6,
             top_k=40,
             seed=1,
-            stop_id=trained.tokenizer.end_of_text,
-            vocab_size=trained.tokenizer.vocab_size,
+            stop_id=tokenizer.end_of_text,
+            vocab_size=tokenizer.vocab_size,
         )
-        text = Text.assemble((prompt, "bold cyan"), trained.tokenizer.decode(new).rstrip())
+        text = Text.assemble((prompt, "bold cyan"), tokenizer.decode(new).rstrip())
         boxes.append(Panel(text, box=box.ROUNDED))
     return Group(Text("What it writes after a few letters", style="bold"), *boxes)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from disttrain import costs
+from disttrain import costs, task_shapes
 from disttrain.config.coded import may_be_coded
 from disttrain.config.optimizer import OptimConfig, is_hidden
 from disttrain.config.presets import shape_of
@@ -30,6 +30,8 @@ def parameter_shapes(
     norms, positions and the other biases stay whole. Chunks are torch.chunk's: rank 0 has the largest. A stage with
     embedding and head holds their tied weight once, the last stage of several a copy.
     """
+    if task_shapes.is_small(model):
+        return task_shapes.encoder_shapes(model) | task_shapes.head_shapes(model)
     shape = shape_of(model)
     h, f, a = shape.hidden_size, shape.ffn_hidden_size, shape.attention_size
 
@@ -53,7 +55,9 @@ def parameter_shapes(
             **_linear(f"{block}.mlp.up", part(f), h),
             **_linear(f"{block}.mlp.down", h, part(f), bias=h),
         }
-    if last:
+    if last and model.head != "lm":
+        found |= task_shapes.head_shapes(model)
+    elif last:
         found |= _vectors("head.norm", h)
         if not first:
             found["head.decoder.weight"] = (part(shape.vocab_size), h)

@@ -15,9 +15,10 @@ from disttrain.loggers.readable import flops as flops_text
 from disttrain.mesh import AXES, Mesh, build_mesh
 from disttrain.stages import layers_of_stages, stage_numbers, theoretical_bubble, virtual_stages
 
-LIKELY_VOCABULARY = {"bytes": 261, "gpt2": 50257, "bert": 30522}
+LIKELY_VOCABULARY = {"bytes": 261, "gpt2": 50257, "bert": 30522, "words": 20_000}
 """Rows of the embedding before the tokenizer was trained or read; trained ones have data.tokenizer_vocab_size."""
 
+NO_MEMORY = "predicted memory: there is no formula for the activations of a task's model"
 CONVENTIONS = {"six_n": "6N", "causal": "causal", "full": "full attention", "hardware": "executed"}
 """What the ways to count FLOPs are called (docs/measurement.md)."""
 
@@ -35,9 +36,8 @@ def overview(config: Config, world_size: int) -> Group:
     start = f"resumes from {path}" if path else "starts a new run"
     notes = [Text(f"checkpoint not used: {line}") for line in damaged]
     mesh = build_mesh(config.parallel, world_size)
-    return Group(
-        _shape(config, mesh), "", _memory(config, mesh), "", Text(f"{preflight.run_folder(config)}: {start}"), *notes
-    )
+    memory_of = _memory(config, mesh) if config.model.head == "lm" else Text(NO_MEMORY)
+    return Group(_shape(config, mesh), "", memory_of, "", Text(f"{preflight.run_folder(config)}: {start}"), *notes)
 
 
 def _shape(config: Config, mesh: Mesh) -> Table:
@@ -53,8 +53,12 @@ def _shape(config: Config, mesh: Mesh) -> Table:
     model = config.model
     of_size = "" if model.head_size is None else f" of {model.head_size}"
     name = model.source or model.preset or model.family  # not markup: file.py:Class: would be a picture
-    table.add_row("model", Text(f"{name}: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads{of_size}, "
-                                f"vocabulary {model.vocab_size:,}"))  # fmt: skip
+    shape = f"{model.layers} layers, {model.hidden_size} wide, {model.heads} heads{of_size}, "
+    shape += f"vocabulary {model.vocab_size:,}"
+    if model.head != "lm":
+        width = {"text_cnn": model.channels}.get(model.family, model.hidden_size)
+        shape = f"{width} wide, to {model.head}" + (f" {model.labels} labels" if model.labels else "")
+    table.add_row("model", Text(f"{name}: {shape}"))
     table.add_row("parameters", parameters)
     table.add_row(
         "ranks", f"{mesh.world_size} = " + " x ".join(f"{axis} {n}" for axis, n in zip(AXES, mesh.sizes, strict=True))
@@ -67,7 +71,11 @@ def _shape(config: Config, mesh: Mesh) -> Table:
                      for name, value in conventions.items())  # fmt: skip
     table.add_row("step", f"{count(tokens)} tokens; {each}")
     table.add_row("peak of a rank", _peak(config))
-    table.add_row("run", f"{steps:,} steps, {count(steps * tokens)} tokens, "
+    length = f"{config.train.epochs:g} epochs, or " if config.train.epochs and steps else ""
+    if config.train.epochs and not steps:
+        table.add_row("run", f"{config.train.epochs:g} epochs; their steps are known when the examples are prepared")
+        return table
+    table.add_row("run", f"{length}{steps:,} steps, {count(steps * tokens)} tokens, "
                          f"{count(steps * train.global_batch_size * flops)}FLOP, causal")  # fmt: skip
     return table
 

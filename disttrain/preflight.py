@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from disttrain import checkpoint, data, layout, loggers, memory
+from disttrain import checkpoint, inputs, layout, loggers, memory
 from disttrain.config import horovod_checks
 from disttrain.config.checks import checkpoints_on_disk
 from disttrain.config.load import parsed
@@ -32,7 +32,7 @@ def problems(config: Config, world_size: int) -> list[Problem]:
         *_compiler(config),
         *_deepspeed(config),
         *(horovod_checks.problems(config, world_size) if config.engine == "horovod" else ()),
-        *data.preflight(config),
+        *inputs.preflight(config),
         *loggers.preflight(config),
         *_run_folder(config),
         *_weights(config),
@@ -105,7 +105,10 @@ def _weights(config: Config) -> list[Problem]:
         }
     except ValueError as error:
         return [Problem((name,), str(error), "give another run, or another of its checkpoints")]
-    wrong = sorted(key for key in wanted.keys() | (there.keys() if wanted else ()) if wanted.get(key) != there.get(key))
+    compared = wanted.keys() | (there.keys() if wanted else set())
+    if config.model.head != "lm":  # the head is a new one
+        compared = {name for name in compared if not name.startswith("head.") or name in wanted.keys() & there.keys()}
+    wrong = sorted(key for key in compared if wanted.get(key) != there.get(key))
     if not wrong:
         return []
     one = wrong[0]

@@ -15,7 +15,7 @@ def prepare(config: "Config", interruption: "Interruption", quiet: bool) -> "Pre
 
     Raises KeyboardInterrupt when asked to stop: what is complete stays, and the same command goes on from there.
     """
-    from disttrain import data
+    from disttrain import inputs
 
     with progress(quiet) as show:
 
@@ -24,7 +24,7 @@ def prepare(config: "Config", interruption: "Interruption", quiet: bool) -> "Pre
             if interruption.requested:
                 raise KeyboardInterrupt
 
-        prepared = data.prepare(config, report)
+        prepared = inputs.prepare(config, report)
     if interruption.requested:
         raise KeyboardInterrupt
     return prepared

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from disttrain import layout, ranges
+from disttrain import layout, ranges, scoring
 from disttrain.assembly import Session
 from disttrain.config.checks import total_steps
 from disttrain.engines import StepResult
 from disttrain.loggers import Loggers
 from disttrain.metrics import Metrics, RankReading, StepReading, energy, read_rank
-from disttrain.models import IGNORED
 from disttrain.parallel.collectives import gather_objects
 from disttrain.preflight import run_folder
 from disttrain.profiling import Place, Profile, Told
@@ -92,13 +90,20 @@ class Recorder:
             session = self._session
             total = session.data.held_out_sequences
             count = min(session.config.train.eval_sequences or total, total)
-            sums = session.engine.evaluate(self._held_out_share(count))
+            sums = session.engine.evaluate(batch for _, batch in scoring.held_out_share(session, count))
+            official = scoring.official_scores(session, count)
             means = {name: float(sum_) / max(float(n), 1.0) for name, (sum_, n) in sums.items()}
         losses = {name: mean for name, mean in means.items() if not name.endswith("_accuracy")}
         scores = {name: mean for name, mean in means.items() if name not in losses}
+        scores |= {f"score_{name}": value for name, value in official.items()}
         record = self._metrics.eval_record(step, losses, scores, count)
         self._emit(record)
         return record["eval_loss"]
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the lowest held-out loss, those before a resume included."""
+        return self._metrics.best_step
 
     def event(self, name: str, step: int, message: str, **details: Any) -> None:
         """Write an event: its name, one sentence for a person, and details (JSON values) for a program."""
@@ -147,22 +152,6 @@ class Recorder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the totals of an earlier process."""
         self._metrics.load_state_dict(state)
-
-    def _held_out_share(self, count: int) -> Iterable[Mapping[str, Any]]:
-        """This rank's held-out batches; ranks take turns.
-
-        All ranks get equally many, since sharded weights are gathered for each: beyond the end a rank gets the first
-        sequences once more, without targets.
-        """
-        session = self._session
-        size = session.config.train.micro_batch_size or 1
-        stride = size * session.mesh.data_ranks
-        for start in range(0, count, stride):
-            first = start + session.data_rank * size
-            if first < count:
-                yield session.data.held_out_batch(first, min(size, count - first))
-            else:
-                yield without_targets(session.data.held_out_batch(0, 1))
 
     def _read_counts(self) -> tuple[int, int, int]:
         """(tokens, target tokens, padding) of all pending steps; empties the list."""
@@ -223,9 +212,3 @@ def _profile(session: Session) -> Profile:
     assert total is not None  # preflight refuses a run without a length
     place = Place(session.rank.rank, session.device.type, config.engine, run_folder(config), total)
     return Profile(config.profile, place, lambda: session.engine)
-
-
-def without_targets(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The batch with every target ignored: it goes through the model and adds nothing to a sum."""
-    ignored = {name: np.full_like(batch[name], IGNORED) for name in ("targets", "next_sentence") if name in batch}
-    return {**batch, **ignored}

@@ -194,10 +194,7 @@ def _held_out_rows(run: Run) -> list[tuple[str, str]]:
     rows = [("held-out loss", f"{readable.loss(last['eval_loss'])} nats at step {last['step']}{note}")]
     if last.get("perplexity") is not None:
         rows.append(("held-out perplexity", readable.perplexity(last["perplexity"])))
-    for key, label in (("mlm_accuracy", "masked tokens right"), ("nsp_accuracy", "pairs right")):
-        if last.get(key) is not None:
-            rows.append((label, readable.percent(last[key])))
-    return rows
+    return [*rows, *readable.scores(last)]
 
 
 def _time(record: Record) -> str:

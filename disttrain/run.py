@@ -20,6 +20,7 @@ from disttrain.folders import exclusive, write_atomically
 from disttrain.hang import files, observer
 from disttrain.header import header
 from disttrain.interruption import Interruption
+from disttrain.labelled.loading import WORDS
 from disttrain.launch import RankInfo
 from disttrain.loggers import Loggers, open_loggers
 from disttrain.metrics import SteadyRates
@@ -46,6 +47,8 @@ def run(config: Config, rank: RankInfo, interruption: Interruption, prepared: da
     with alone, observer.observing(folder, rank, config.run.timeout_s) as observed:
         session = assemble(config, rank, prepared)
         try:
+            if rank.rank == 0 and config.data.tokenizer == "words":
+                write_atomically(folder / WORDS, prepared.tokenizer.read_text())
             reason = _train(session, folder, interruption, observed)
             world.wait_for_all()  # launchers end the ranks that are left once one has ended: rank 0 has reports to write
         finally:

@@ -7,6 +7,7 @@ from typing import Any
 from disttrain import checkpoint, codec_choice, preflight, ranges
 from disttrain.assembly import Session, choose_again, renew
 from disttrain.config.checks import total_steps
+from disttrain.config.schema import TrainConfig
 from disttrain.interruption import Interruption
 from disttrain.optim import learning_rate
 from disttrain.parallel.collectives import any_rank, gather_objects
@@ -15,7 +16,7 @@ from disttrain.saving import Saver
 
 
 def train(session: Session, recorder: Recorder, interruption: Interruption, start: int = 0) -> str:
-    """Train from step `start` until something says stop; returns why: steps, time, target_loss or interrupted.
+    """Train from step `start` until something says stop; returns why: steps, time, target_loss, patience or interrupted.
 
     Raises Diverged when the loss is no longer a number, CheckpointFailed when a checkpoint cannot be written.
     """
@@ -53,8 +54,7 @@ def _train(session: Session, recorder: Recorder, interruption: Interruption, sav
             continue
         if evaluate:
             held_out = step, recorder.evaluate(step)
-            if held_out[1] <= (config.train.target_loss or 0.0):
-                stop = stop or "target_loss"
+            stop = stop or enough(config.train, held_out[1], recorder.best_step, step)
         if checkpointed:
             saved = step
             save(session, recorder, saver, step, held_out, beside=stop is None)
@@ -67,6 +67,16 @@ def _train(session: Session, recorder: Recorder, interruption: Interruption, sav
         save(session, recorder, saver, step, held_out, beside=False)
     recorder.finish(step, stop)
     return stop
+
+
+def enough(train: TrainConfig, loss: float, best: int | None, step: int) -> str | None:
+    """Why an evaluation ends a run: its loss is low enough, or as many in a row as train.patience were not better than that
+    of step `best`; None if it does not."""
+    if loss <= (train.target_loss or 0.0):
+        return "target_loss"
+    if train.patience is not None and best is not None and step - best >= train.patience * train.eval_every:
+        return "patience"
+    return None
 
 
 def due(every: int, step: int) -> bool:
@@ -167,10 +177,13 @@ def begin(session: Session, recorder: Recorder) -> None:
     path = preflight.weights_from(session.config)
     if path is None:
         return
-    fresh = session.engine.state_dict()
-    checkpoint.load(path, {"model": fresh["model"]})
+    fresh, there = session.engine.state_dict(), checkpoint.shapes(path)
+    taken = {name: weight for name, weight in fresh["model"].items() if f"model.{name}" in there}
+    checkpoint.load(path, {"model": taken})
     session.engine.load_state_dict({key: fresh[key] for key in ("model", "optimizer", "engine")})
-    recorder.event("weights_loaded", 0, f"the run begins with the weights of {path}")
+    new = sorted({name for names in gather_objects(list(fresh["model"].keys() - taken.keys())) for name in names})
+    but = f", but for new ones: {', '.join(new)}" if new else ""
+    recorder.event("weights_loaded", 0, f"the run begins with the weights of {path}{but}")
 
 
 def load(session: Session, path: Path) -> dict[str, Any]:

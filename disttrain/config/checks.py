@@ -11,13 +11,16 @@ from disttrain.config.profile_checks import profile_problems
 from disttrain.config.schema import Config
 from disttrain.config.settings import given, no_effect, setting
 from disttrain.config.smaller_checks import smaller_problems
+from disttrain.config.task import SMALL
+from disttrain.config.task_checks import task_problems
 from disttrain.config.watch_checks import watch_problems
 
 __all__ = ["given", "micro_batches", "setting", "total_steps", "validate"]
 
 
 def total_steps(config: Config) -> int | None:
-    """Optimizer steps of the whole run, the smaller of train.steps and train.tokens; None if neither is given."""
+    """Optimizer steps of the whole run, the smaller of train.steps and train.tokens; None if neither is given. Epochs of
+    labelled examples are steps by then."""
     train = config.train
     limits = [train.steps] if train.steps else []
     if train.tokens:
@@ -45,6 +48,7 @@ def validate(config: Config, world_size: int) -> list[Problem]:
         compression_problems(config, world_size, total_steps(config)),
         outer_problems(config),
         smaller_problems(config, total_steps(config)),
+        task_problems(config),
         watch_problems(config, world_size),
         profile_problems(config, world_size, total_steps(config)),
     )
@@ -53,6 +57,8 @@ def validate(config: Config, world_size: int) -> list[Problem]:
 
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
+    if model.family in SMALL:
+        return
     if model.head_size is None and model.hidden_size % model.heads:
         fits = [h for h in range(1, model.hidden_size + 1) if model.hidden_size % h == 0]
         near = min(fits, key=lambda h: abs(h - model.heads))
@@ -106,18 +112,20 @@ def _batch(config: Config, world_size: int) -> Iterator[Problem]:
 
 def _length(config: Config) -> Iterator[Problem]:
     train, steps = config.train, total_steps(config)
-    if steps is None:
+    if steps is None and train.epochs is None:
         yield Problem(
-            ("train.steps", "train.tokens"),
+            ("train.steps", "train.tokens", *(("train.epochs",) if config.task.set else ())),
             "nothing says how long to train",
             "give train.steps or train.tokens (train.seconds and train.target_loss only stop earlier)",
         )
-    elif config.optim.warmup_steps > steps:
+    elif steps is not None and config.optim.warmup_steps > steps:
         yield Problem(
             (setting(config, "optim.warmup_steps"), f"{steps} training steps"),
             "the warm-up is longer than the run",
             f"use at most optim.warmup_steps={steps}",
         )
+    if train.patience is not None and train.eval_every == 0:
+        yield no_effect(config, "train.patience", "train.eval_every", "train.eval_every=100")
     if train.target_loss is not None and train.eval_every == 0:
         yield Problem(
             (setting(config, "train.target_loss"), "train.eval_every=0"),

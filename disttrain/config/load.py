@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from disttrain.config import presets
 from disttrain.config.problems import Problem, RefusedInput
-from disttrain.config.schema import Config
+from disttrain.config.schema import Config, ModelConfig
+from disttrain.sets import SETS, tags_of
 
 
 class _Loader(yaml.SafeLoader):
@@ -189,6 +190,14 @@ def explain(error: Any, known: Sequence[str], reference: str) -> Problem:
 
 def _derived(config: Config) -> dict[str, Any]:
     model = config.model
+    chosen = SETS.get(config.task.set or "")
+    if chosen is not None:
+        labels = model.labels or len(tags_of(chosen.labels, config.task.scheme)) or None
+        return {**_shape(model), "model.head": chosen.kind, "model.labels": labels}
+    return _shape(model)
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
     return {
         "model.ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
         "model.layer_norm_epsilon": model.layer_norm_epsilon or (1e-5 if model.family == "gpt" else 1e-12),

@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from disttrain.config.cleaning import CleaningConfig
 from disttrain.config.gradients import HorovodConfig, OuterConfig
 from disttrain.config.optimizer import OptimConfig
 from disttrain.config.profile import ProfileConfig
 from disttrain.config.section import Fraction, NonNegative, Positive, Section, Size
 from disttrain.config.smaller import PruningConfig, QuantizationConfig
+from disttrain.config.task import DistillConfig, EncoderConfig, HeadConfig, TaskConfig
 from disttrain.config.watching import WatchConfig
 
-Family = Literal["gpt", "bert"]
+Family = Literal["gpt", "bert", "text_cnn", "rnn"]
 Corpus = Literal["python-docs", "text", "hf", "tokens"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 PipelineSchedule = Literal[
@@ -55,11 +57,12 @@ class RunConfig(Section):
     """Seconds that a rank waits for the others in a collective before it fails (docs/faults.md)."""
 
 
-class ModelConfig(Section):
+class ModelConfig(HeadConfig, EncoderConfig):
     """Shape of the model. A preset fills what is not given."""
 
     family: Family = "gpt"
-    """gpt: pre-LN decoder, causal language model. bert: post-LN encoder, masked language model and next sentence."""
+    """gpt: pre-LN decoder, causal language model. bert: post-LN encoder, masked language model and next sentence. text_cnn,
+    rnn: small encoders for tasks (docs/tasks.md)."""
     source: str | None = None
     """A model of your own: path/to/file.py:Class, where Class extends disttrain.models.GPT or BERT (docs/verify.md)."""
     options: dict[str, bool | int | float | str] = {}
@@ -121,7 +124,8 @@ class DataConfig(Section):
     max_bytes: Positive | None = None
     """Read at most about this many bytes of text from each source."""
     tokenizer: str = "bytes"
-    """bytes, bpe or wordpiece (trained on the corpus), gpt2 or bert (tokenizer_path), or a Hugging Face name."""
+    """bytes, bpe or wordpiece (trained on the corpus), gpt2 or bert (tokenizer_path), or a Hugging Face name. words: those
+    of a task's training examples."""
     tokenizer_path: str | None = None
     """Folder with GPT-2's or BERT's vocabulary files, or a tokenizer.json."""
     tokenizer_vocab_size: Annotated[int, Field(ge=260)] = 8192
@@ -147,6 +151,10 @@ class TrainConfig(Section):
     """Stop after this many optimizer steps."""
     tokens: Positive | None = None
     """Stop after the step that brings the run to this many tokens, padding included."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Stop after every training example of a task was seen so many times; a step's part beyond that is of the next epoch."""
+    patience: Positive | None = None
+    """Stop when so many evaluations in a row have not lowered the held-out loss."""
     seconds: Annotated[float, Field(gt=0)] | None = None
     """Stop after this many seconds inside training steps, those before a resume included."""
     target_loss: Annotated[float, Field(gt=0)] | None = None
@@ -299,6 +307,9 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
+    cleaning: CleaningConfig = CleaningConfig()
+    distill: DistillConfig = DistillConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"

@@ -11,7 +11,18 @@ Size = Annotated[int, Field(gt=0, le=1 << 20)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-PATHS = ("name", "dir", "path", "held_out_path", "cache_dir", "tokenizer_path", "resume", "weights")
+PATHS = (
+    "name",
+    "dir",
+    "path",
+    "held_out_path",
+    "cache_dir",
+    "tokenizer_path",
+    "resume",
+    "weights",
+    "vocabulary",
+    "vectors",
+)
 """Settings that name files or folders."""
 
 

@@ -58,6 +58,8 @@ class Prepared:
     """Folder and weight of each training source; its training tokens are the split "train"."""
     held_out: tuple[tuple[Path, float], ...]
     """Folder and weight of each held-out source; its tokens are the split "held_out"."""
+    soft: Path | None = None
+    """Teachers' probabilities for the training examples of a task."""
 
 
 @dataclass(frozen=True)

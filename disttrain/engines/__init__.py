@@ -65,6 +65,11 @@ class Engine(Protocol):
         """Sums over all ranks of every objective and score of these batches, without gradients or dropout."""
         ...
 
+    def predict(self, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
+        """For each of this rank's batches what a task's model predicts (`predictions_of`), on the host; empty on ranks
+        without the head. Ranks of one tensor group say the same."""
+        ...
+
     def traffic(self) -> Counted:
         """Bytes handed to collectives since the last call, before and after codecs, and on the wire."""
         ...

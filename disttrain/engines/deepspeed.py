@@ -24,6 +24,7 @@ from disttrain.config.schema import Config, Precision
 from disttrain.deepspeed_config import translate
 from disttrain.engines import Batch, Held, Moment, Saved, State, StepResult, deepspeed_state, objective
 from disttrain.engines.deepspeed_traffic import count_traffic
+from disttrain.engines.looking import predictions_of
 from disttrain.models import Model
 from disttrain.models.layers import LossSum
 from disttrain.optim import build_optimizer
@@ -42,9 +43,11 @@ class Computing(nn.Module):
         self.model, self._device_type = model, device_type
         self._precision: Precision = precision
 
-    def forward(self, batch: dict[str, Tensor], label_smoothing: float | None) -> dict[str, LossSum]:
-        """Loss sums of one micro-batch; its scores where label_smoothing is None."""
+    def forward(self, batch: dict[str, Tensor], label_smoothing: float | None, predict: bool = False) -> Any:
+        """Loss sums of one micro-batch; its scores where label_smoothing is None, or what a task's model predicts."""
         with autocast(self._precision, self._device_type):
+            if predict:
+                return predictions_of(self.model, self.model.forward_batch(batch), batch)
             if label_smoothing is None:
                 return self.model.scores(batch)
             return self.model.loss(batch, label_smoothing)
@@ -161,6 +164,15 @@ class DeepSpeedEngine:
         totals = objective.total_scores(scores, list(self.model.SCORES), self.groups, self.device)
         self.engine.train()
         return totals
+
+    @torch.no_grad()
+    def predict(self, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
+        """What the head predicts for each of this rank's batches; see `Engine.predict`."""
+        self.engine.eval()
+        prepared = (objective.prepare(b, self.model, self.config, self.groups, self.device) for b in batches)
+        found = [self.engine.module(batch, None, predict=True) for batch in prepared]
+        self.engine.train()
+        return found
 
     def traffic(self) -> Counted:
         """Bytes since the last call, those of DeepSpeed's own collectives included."""

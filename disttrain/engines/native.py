@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +13,7 @@ from disttrain import ranges
 from disttrain.config.checks import total_steps
 from disttrain.config.schema import ONE_BIT, Config, Precision
 from disttrain.engines import Batch, Held, Moment, Reduction, Saved, State, StepResult, objective
+from disttrain.engines.looking import Of, looking, outputs, predictions_of, scores_of
 from disttrain.engines.native_state import NativeState, make_compressor
 from disttrain.grad_compression.compressor import Compressor, Known
 from disttrain.models import Model
@@ -261,28 +261,19 @@ class NativeEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, LossSum]:
         """Sums over all ranks of every objective and score; see `Engine.evaluate`."""
-        for chunk in self.chunks:
-            chunk.model.eval()
-        with nullcontext() if self._outer is None else self._outer.in_place():
-            scores = self._scores(self._prepare(batch) for batch in batches)
-            totals = objective.total_scores(scores, list(self._model.SCORES), self.groups, self.device)
-        for chunk in self.chunks:
-            chunk.model.train()
-            if self._outer is not None:
-                data.forget_gathered(chunk.model)
-        return totals
+        with looking(self.chunks, self._outer):
+            scores = self._outputs(batches, scores_of)
+            return objective.total_scores(scores, list(self._model.SCORES), self.groups, self.device)
 
-    def _scores(self, batches: Iterable[dict[str, Tensor]]) -> Iterable[dict[str, LossSum]]:
-        """Scores of each batch, on ranks with the head."""
+    @torch.no_grad()
+    def predict(self, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
+        """What the head predicts for each of this rank's batches, where it is here; see `Engine.predict`."""
+        with looking(self.chunks, self._outer):
+            return list(self._outputs(batches, predictions_of))
 
-        def run(model: Model, batch: dict[str, Tensor], x: Tensor | None) -> Any:
-            with autocast(self.precision, self.device.type):
-                y = model.forward_batch(batch, x)
-                return y if model.head is None else model.scores_of(y, batch)  # pyright: ignore
-
-        if self._pipeline is None:
-            return (run(self._model, batch, None) for batch in batches)
-        return self._pipeline.evaluate(batches, run, lambda batch: self._hidden_shape(*batch["tokens"].shape))
+    def _outputs(self, batches: Iterable[Batch], of: Of) -> Iterable[Any]:
+        prepared = (self._prepare(batch) for batch in batches)
+        return outputs(self._model, self._pipeline, self.precision, self.device.type, prepared, self._hidden_shape, of)
 
     def traffic(self) -> Counted:
         """Bytes since the last call."""

@@ -15,7 +15,7 @@ from functools import cache
 from disttrain.config.cleaning import CleaningConfig
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.labelled.examples import Example, Question, Sentences, Tagged
-from disttrain.labelled.sets import Kind
+from disttrain.sets import Kind
 
 NUMBER = "NUM"
 UNKNOWN = "UNK"

@@ -5,8 +5,8 @@ from pathlib import Path
 from disttrain.config.problems import Problem
 from disttrain.labelled.examples import Labelled, Tagged
 from disttrain.labelled.files import bad_line, lines_of, refuse
-from disttrain.labelled.sets import LabelledSet
 from disttrain.labelled.tags import split_tag, to_iob2
+from disttrain.sets import LabelledSet
 
 DOCUMENT_START = "-DOCSTART-"
 DOCUMENT_STARTS = "document starts"

@@ -45,7 +45,7 @@ class Labelled:
     """One split of a data set."""
 
     name: str
-    """Name in `disttrain.labelled.sets.SETS`."""
+    """Name in `disttrain.sets.SETS`."""
     split: str
     examples: tuple[Example, ...]
     """In the order of the file."""

@@ -8,9 +8,9 @@ from disttrain.config.problems import Problem, RefusedInput
 from disttrain.data import hub
 from disttrain.labelled.examples import Example, Labelled, Question, Sentences, Tagged
 from disttrain.labelled.reading import known_set
-from disttrain.labelled.sets import Hub, LabelledSet
 from disttrain.labelled.squad import answer_problems
 from disttrain.labelled.tags import to_iob2
+from disttrain.sets import Hub, LabelledSet
 
 Record = Mapping[str, Any]
 

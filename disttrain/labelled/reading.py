@@ -7,10 +7,10 @@ from disttrain.config.load import nearest
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.labelled.columns import read_columns
 from disttrain.labelled.examples import Labelled
-from disttrain.labelled.sets import SETS, LabelledSet, Layout
 from disttrain.labelled.squad import read_squad
 from disttrain.labelled.texts import read_folders, read_label_text
 from disttrain.labelled.tsv import read_tsv
+from disttrain.sets import SETS, LabelledSet, Layout
 
 _READERS: dict[Layout, Callable[[LabelledSet, Path, str], Labelled]] = {
     "tsv": read_tsv,

@@ -8,7 +8,7 @@ from typing import Any
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.labelled.examples import Labelled, Question
 from disttrain.labelled.files import bad_line, content_of, refuse
-from disttrain.labelled.sets import LabelledSet
+from disttrain.sets import LabelledSet
 
 
 def read_squad(chosen: LabelledSet, path: Path, split: str) -> Labelled:

@@ -6,7 +6,7 @@ from pathlib import Path
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.labelled.examples import Labelled, Sentences
 from disttrain.labelled.files import bad_line, lines_of, refuse
-from disttrain.labelled.sets import LabelledSet
+from disttrain.sets import LabelledSet
 
 
 def read_label_text(chosen: LabelledSet, path: Path, split: str) -> Labelled:

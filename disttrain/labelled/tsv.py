@@ -6,7 +6,7 @@ from pathlib import Path
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.labelled.examples import Labelled, Sentences
 from disttrain.labelled.files import bad_line, lines_of, refuse
-from disttrain.labelled.sets import Columns, LabelledSet
+from disttrain.sets import Columns, LabelledSet
 
 SHORT_ROWS = "rows with too few columns"
 """Key of `Labelled.left_out`."""

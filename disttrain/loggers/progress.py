@@ -11,7 +11,8 @@ from disttrain.loggers import readable
 RECENT = 20
 """Step records whose mean step time predicts the time left."""
 
-_STOPPED = {"steps": "all steps done", "time": "time is up", "target_loss": "target loss reached"}
+_STOPPED = {"steps": "all steps done", "time": "time is up", "target_loss": "target loss reached",
+            "patience": "no better any more"}  # fmt: skip
 
 
 class Progress:
@@ -104,9 +105,7 @@ def held_out_text(record: dict[str, Any]) -> str:
     parts = [f"held-out loss {readable.loss(record['eval_loss'])}"]
     if record.get("perplexity") is not None:
         parts.append(f"perplexity {readable.perplexity(record['perplexity'])}")
-    for key, label in (("mlm_accuracy", "masked tokens right"), ("nsp_accuracy", "pairs right")):
-        if record.get(key) is not None:
-            parts.append(f"{label} {readable.percent(record[key])}")
+    parts += [f"{label} {value}" for label, value in readable.scores(record)]
     return ", ".join(parts)
 
 

@@ -1,6 +1,8 @@
 """Numbers as a person reads them, in a few characters."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 GIB = 1024**3
 MIB = 1024**2
@@ -77,3 +79,20 @@ def percent(value: float | None) -> str:
 def perplexity(value: float) -> str:
     """A perplexity -> `9.488` or, from ten thousand, `50.3k`."""
     return f"{value:.4g}" if value < 9999.5 else count(value)
+
+
+RIGHT = {"mlm_accuracy": "masked tokens right", "nsp_accuracy": "pairs right", "classify_accuracy": "classes right",
+         "tag_accuracy": "tags right", "answer_accuracy": "windows right"}  # fmt: skip
+"""What shares of right predictions are called."""
+CORRELATIONS = ("matthews", "pearson", "spearman")
+"""Official scores from -1 to 1, which are no shares."""
+
+
+def scores(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each score of an eval record."""
+    found = [(label, percent(record[key])) for key, label in RIGHT.items() if record.get(key) is not None]
+    for key, value in record.items():
+        if key.startswith("score_") and value is not None:
+            name = key.removeprefix("score_")
+            found.append((name.replace("_", " "), f"{value:.3f}" if name in CORRELATIONS else percent(value)))
+    return found

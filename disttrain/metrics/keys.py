@@ -139,9 +139,13 @@ _ALL = (
     Metric("perplexity", "-", "exp(eval_loss) for a GPT, exp(eval_loss_mlm) for a BERT", _EVAL),
     Metric("mlm_accuracy", "-", "masked tokens whose likeliest prediction is right / masked tokens", _EVAL),
     Metric("nsp_accuracy", "-", "pairs classified right / pairs", _EVAL),
+    Metric("classify_accuracy", "-", "held-out examples classified right / examples with a label", _EVAL),
+    Metric("tag_accuracy", "-", "held-out words, each by its first token, tagged right / tagged words", _EVAL),
+    Metric("answer_accuracy", "-", "held-out windows whose both ends are found / windows with an answer known", _EVAL),
+    Metric("score_*", "-", "official scores of a task's held-out examples by name (disttrain.scores)", _EVAL),
     Metric("eval_sequences", "sequences", "held-out sequences used", ("eval",)),
     # summary
-    Metric("stop_reason", "-", "why the run ended: steps, time, target_loss or interrupted", _END),
+    Metric("stop_reason", "-", "why the run ended: steps, time, target_loss, patience or interrupted", _END),
     Metric("evaluation_seconds", "s", "time of evaluations, earlier processes added", _END),
     Metric("checkpoint_seconds", "s", "time in which training waited for checkpoints, earlier processes added", _END),
     Metric("choosing_seconds", "s", "time of looking at the link and choosing a codec after the start", _END),
@@ -195,13 +199,16 @@ _ALL = (
     Metric("details", "-", "whatever else the event says, as an object", _EVENT),
 )
 
+SCORES = "score_*"
+"""Stands for the official scores, whose names are those of `disttrain.sets`."""
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 """Every documented key."""
 
 
 def unknown_keys(record: Mapping[str, Any]) -> list[str]:
     """Keys of a record that are not documented for its kind."""
-    return sorted(key for key in record if key not in METRICS or record["kind"] not in METRICS[key].kinds)
+    names = {key: SCORES if key.startswith(SCORES[:-1]) else key for key in record}
+    return sorted(k for k, name in names.items() if name not in METRICS or record["kind"] not in METRICS[name].kinds)
 
 
 def markdown_tables() -> str:

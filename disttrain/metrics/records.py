@@ -135,6 +135,11 @@ class Metrics:
             self._best = (loss, step)
         return record
 
+    @property
+    def best_step(self) -> int | None:
+        """Step of the lowest held-out loss so far."""
+        return None if self._best is None else self._best[1]
+
     def summary_record(self, step: int, stop_reason: str) -> dict[str, Any]:
         """The summary record: totals of the run, averages and peaks of this process."""
         excluded = self.throughput.excluded_seconds

@@ -15,27 +15,31 @@ from disttrain.models.cross_entropy import IGNORED
 from disttrain.models.gpt import GPT
 from disttrain.models.layers import LossSum
 from disttrain.models.source import load_class
+from disttrain.models.task import TaskModel
 
 __all__ = [
-    "BERT", "FAMILIES", "GPT", "IGNORED", "LossSum", "Model", "build_model", "initial_value", "initialise", "model_class",
-    "tie_weights",
+    "BERT", "FAMILIES", "GPT", "IGNORED", "LossSum", "Model", "TaskModel", "build_model", "initial_value", "initialise",
+    "model_class", "tie_weights",
 ]  # fmt: skip
 
-Model = GPT | BERT
+Model = GPT | BERT | TaskModel
 """What can be trained: see `GPT` for what it offers."""
 
 FAMILIES: dict[str, type[GPT] | type[BERT]] = {"gpt": GPT, "bert": BERT}
+"""Classes of language models."""
 
 
-def model_class(config: ModelConfig) -> type[GPT] | type[BERT]:
-    """The class of a config's model: its family's, or the user's own. Raises RefusedInput as `load_class`."""
+def model_class(config: ModelConfig) -> type[Model]:
+    """The class of a config's model: its family's, that of tasks, or the user's own. Raises RefusedInput as `load_class`."""
+    if config.head != "lm":
+        return TaskModel
     family = FAMILIES[config.family]
     return family if config.source is None else load_class(config.source, family)
 
 
 def build_model(
     config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> GPT | BERT:
+) -> Model:
     """A model with its initial weights; on the meta device shapes only. config must be resolved (ValueError if not)."""
     with torch.device("meta"):
         model = model_class(config)(config)
@@ -48,7 +52,7 @@ def build_model(
     return model
 
 
-def initialise(model: GPT | BERT, seed: int) -> None:
+def initialise(model: Model, seed: int) -> None:
     """Overwrite every parameter of a model, or of a part of one, with its initial value; ties weights first."""
     tie_weights(model)
     with torch.no_grad():
@@ -56,7 +60,7 @@ def initialise(model: GPT | BERT, seed: int) -> None:
             parameter.copy_(initial_value(model.config, name, parameter.shape, seed))
 
 
-def tie_weights(model: GPT | BERT) -> None:
+def tie_weights(model: Model) -> None:
     """Make tied names one parameter again where both are present (to_empty and some wrappers part them)."""
     for name, source in model.tied.items():
         parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -4,15 +4,17 @@ The model has no storage until the last step, so that no rank ever holds more th
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from disttrain.config.schema import Config, Precision
 from disttrain.grad_compression.compressor import Compressor
-from disttrain.models import Model, build_model, initial_value, tie_weights
+from disttrain.models import Model, TaskModel, build_model, initial_value, tie_weights
 from disttrain.models.rounding import round_in_training
 from disttrain.parallel import data
+from disttrain.parallel.collectives import reduce_over
 from disttrain.parallel.context import apply_context_parallel
 from disttrain.parallel.groups import Groups
 from disttrain.parallel.pipeline import keep_stage
@@ -56,11 +58,7 @@ def parallelize(
         keep_stage(model, layers[number], number == 0, number == len(layers) - 1)
         cut = apply_tensor_parallel(model, groups.tensor, parallel.sequence)
         apply_context_parallel(model, groups.context, parallel.context_method)
-        if config.quantization.aware:
-            round_in_training(model)
-        apply_recompute(model, parallel.recompute)
-        if config.run.compile:
-            compile_blocks(model)
+        _adapt(model, config, groups)
         names = dict(model.named_parameters())
         tied_to = {name: source for name, source in model.tied.items() if name in names and source not in names}
         cutting = Cutting(cut.shapes, cut.splits, frozenset(cut.partial), tied_to)
@@ -84,6 +82,17 @@ def parallelize(
             compressor.cover(held, copied)
         chunks.append(chunk)
     return chunks
+
+
+def _adapt(model: Model, config: Config, groups: Groups) -> None:
+    """What depends on no axis that cuts the model: rounding, sums over data ranks, recomputation, compilation."""
+    if config.quantization.aware:
+        round_in_training(model)
+    if isinstance(model, TaskModel):
+        model.over_data = partial(reduce_over, groups.data)
+    apply_recompute(model, config.parallel.recompute)
+    if config.run.compile:
+        compile_blocks(model)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from disttrain.config.presets import shape_of
-from disttrain.models import BERT, GPT, tie_weights
+from disttrain.models import Model, tie_weights
 from disttrain.models.dropout import Dropout
 from disttrain.parallel import conjugate
 from disttrain.parallel.conjugate import own_range, start_all_reduce, start_gather, start_reduce_scatter
@@ -37,7 +37,7 @@ class TensorShards(NamedTuple):
     """Shape of every whole parameter."""
 
 
-def apply_tensor_parallel(model: GPT | BERT, group: Group, sequence: bool) -> TensorShards:
+def apply_tensor_parallel(model: Model, group: Group, sequence: bool) -> TensorShards:
     """Cut the matrices of a model, or of a pipeline stage of it, in place, by the roles in its `tensor_plan`.
 
     The model may be on the meta device: fill the parts by the table that is returned. Parameters stay plain tensors
@@ -81,7 +81,7 @@ def _role(plan: dict[str, str], name: str, module: nn.Module) -> str:
     return "replicate"
 
 
-def _check_divides(model: GPT | BERT, group: Group) -> None:
+def _check_divides(model: Model, group: Group) -> None:
     """The vocabulary may be uneven; heads and features may not, since every rank's share of the work should be equal."""
     shape = shape_of(model.config)
     for what, size in (("heads", shape.heads), ("ffn_hidden_size", shape.ffn_hidden_size)):
@@ -102,7 +102,7 @@ def _replacement(module: nn.Module, role: str, group: Group, sequence: bool) -> 
     raise ValueError(f"no tensor-parallel form of {type(module).__name__} as {role!r}")
 
 
-def _split_positions(model: GPT | BERT, group: Group) -> None:
+def _split_positions(model: Model, group: Group) -> None:
     """Blocks work on chunk `rank` of the positions: cut where the embedding ends, joined where the head begins.
 
     Embedding and head see all positions on every rank, so that their whole parameters have whole gradients.

@@ -29,6 +29,9 @@ def plannable(config: Config) -> Config:
     if config.model.source is not None:
         problems.append(Problem((setting(config, "model.source"),), "nothing is known of the operators of your own model",
                                 "plan the family's model of the same size: remove model.source"))  # fmt: skip
+    if config.model.head != "lm":
+        problems.append(Problem((setting(config, "model.head"),), "nothing is known of the memory of a task's model",
+                                "plan the language model of the same size: remove task.set"))  # fmt: skip
     if config.engine != "native":
         problems.append(Problem((setting(config, "engine"),), "only the native engine is planned for",
                                 "use engine=native"))  # fmt: skip

@@ -14,6 +14,9 @@ OF_VALUES = ("auto", "topk", "threshold")
 def refused(config: Config) -> list[Problem]:
     """Why `check --trace` cannot rehearse this config."""
     found = []
+    if config.model.head != "lm":
+        found.append(Problem((setting(config, "model.head"), "--trace"), "only language models can be rehearsed",
+                             "rehearse the language model of the same size, or leave --trace away"))  # fmt: skip
     if config.engine != "native":
         found.append(Problem((f"engine={config.engine}", "--trace"), "only the native engine can be rehearsed",
                              "use engine=native, or leave --trace away"))  # fmt: skip

@@ -6,10 +6,10 @@ from typing import Any
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.labelled.examples import Example, Question, Sentences, Tagged
 from disttrain.labelled.reading import known_set
-from disttrain.labelled.sets import LabelledSet
 from disttrain.scores.answers import answer_scores
 from disttrain.scores.classification import accuracy, binary_scores, matthews, pearson, spearman
 from disttrain.scores.entities import entity_scores, surface_scores
+from disttrain.sets import LabelledSet
 
 
 def official(set_name: str, predictions: Sequence[Any], references: Sequence[Example]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from disttrain.config.problems import Problem, RefusedInput
+from disttrain.data import Tokenizer
 from disttrain.models import GPT
 from disttrain.tasks.generate import generate
 from disttrain.tasks.trained import load_trained
@@ -16,11 +17,13 @@ def continue_text(
     if not isinstance(trained.model, GPT):
         raise RefusedInput([Problem((f"run {folder}", f"model.family={trained.config.model.family}"),
                                     "only a gpt writes text", "give the folder of a gpt's run")])  # fmt: skip
-    ids = trained.tokenizer.encode(prompt).tolist()
+    tokenizer = trained.tokenizer
+    assert isinstance(tokenizer, Tokenizer)  # a language model's
+    ids = tokenizer.encode(prompt).tolist()
     if not ids:
         raise RefusedInput([Problem(("--prompt",), "the prompt has no tokens", "give at least one character")])
     new = generate(
         trained.model, ids, max_new_tokens, temperature, top_k, seed=seed,
-        stop_id=trained.tokenizer.end_of_text, vocab_size=trained.tokenizer.vocab_size,
+        stop_id=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
-    return prompt + trained.tokenizer.decode(new)
+    return prompt + tokenizer.decode(new)

@@ -12,6 +12,7 @@ import numpy as np
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
 from disttrain.data import Data
+from disttrain.labelled.loading import LabelledData
 
 Batch = Mapping[str, np.ndarray]
 
@@ -31,7 +32,7 @@ class Batches:
     """Where they are from, for the certificate."""
 
 
-def from_data(config: Config, data: Data, steps: int) -> Batches:
+def from_data(config: Config, data: Data | LabelledData, steps: int) -> Batches:
     """Batches of the run's own data. Raises RefusedInput when there are too few held-out sequences."""
     size = config.train.global_batch_size
     if data.held_out_sequences < size:
@@ -39,7 +40,7 @@ def from_data(config: Config, data: Data, steps: int) -> Batches:
         raise RefusedInput([Problem(settings, f"verify evaluates {size} held-out sequences",
                                     "raise data.held_out_fraction or shorten data.sequence_length")])  # fmt: skip
     train = [data.train_batch(step * size, size) for step in range(steps)]
-    source = f"{config.data.corpus or 'blend'}, {config.data.tokenizer}"
+    source = f"{config.task.set or config.data.corpus or 'blend'}, {config.data.tokenizer}"
     return Batches(
         tuple(_prepared(batch, step, config.run.seed) for step, batch in enumerate(train)),
         _numbered(data.held_out_batch(0, size), 0),
@@ -73,8 +74,10 @@ def _prepared(batch: Batch, step: int, seed: int) -> Batch:
     rows = len(targets)
     rng = np.random.default_rng((seed, 11, step))
     share = rng.permutation(np.linspace(0.2, 1.0, rows))
-    kept = rng.random(targets.shape) < share[:, None]
-    kept[:, targets.shape[1] // 3] = True
+    shape = (rows, 1) if "answerable" in batch else targets.shape  # both ends of an answer, or none
+    kept = rng.random(shape) < share.reshape(rows, *[1] * (targets.ndim - 1))
+    if targets.ndim > 1:
+        kept[:, shape[1] // 3] = True
     kept[rng.integers(rows)] = False
     return _numbered({**batch, "targets": np.where(kept, targets, IGNORED)}, step * rows)
 

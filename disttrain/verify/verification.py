@@ -10,7 +10,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from disttrain import data, preflight
+from disttrain import inputs, preflight
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
 from disttrain.data import Prepared
@@ -51,7 +51,7 @@ def run(
     torch.set_num_threads(1)  # a fork must not find other threads at work
     for name in IMPORTED_BEFORE_FORKS:
         import_module(name)
-    corpus = data.open_data(config, prepared) if prepared else None
+    corpus = inputs.open_data(config, prepared) if prepared else None
     chosen = "fp64" if precision == "fp64" else choose(config.precision, "cpu")
     proof = proof_config(config, chosen, corpus.vocab_size if corpus else 0)
     refuse_too_large(proof, psutil.virtual_memory().available)

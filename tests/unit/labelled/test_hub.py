@@ -3,7 +3,7 @@ import pytest
 from disttrain.config.problems import RefusedInput
 from disttrain.labelled.examples import Question, Sentences, Tagged
 from disttrain.labelled.hub import examples_of, read_hub
-from disttrain.labelled.sets import SETS
+from disttrain.sets import SETS
 
 RECORDS = {
     "cola": {"sentence": "Bill sank.", "label": 1, "idx": 0},

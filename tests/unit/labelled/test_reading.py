@@ -7,7 +7,7 @@ import disttrain
 from disttrain.config.problems import RefusedInput
 from disttrain.labelled.examples import Question, Sentences, Tagged
 from disttrain.labelled.reading import missing_rows, read
-from disttrain.labelled.sets import SETS
+from disttrain.sets import SETS
 from tests.unit.labelled.made import CONLL, GLUE, written
 
 SHARED = Path(disttrain.__file__).resolve().parents[2] / "shared" / "data"

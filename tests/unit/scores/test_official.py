@@ -2,8 +2,8 @@ import pytest
 
 from disttrain.config.problems import RefusedInput
 from disttrain.labelled.examples import Sentences, Tagged
-from disttrain.labelled.sets import SETS
 from disttrain.scores.official import official
+from disttrain.sets import SETS
 from tests.unit.labelled.made import question
 
 

@@ -158,3 +158,11 @@ _ALL = (
 
 SETS: Mapping[str, LabelledSet] = {one.name: one for one in _ALL}
 """Every set by name. dev and test of mnli are the matched ones; conll2003's rows are without document starts."""
+
+
+def tags_of(labels: tuple[str, ...], scheme: str) -> tuple[str, ...]:
+    """The classes of a set: IOB2 tags also as BIOES, which marks the last word of an entity, and those of one word."""
+    if scheme == "iob2" or "O" not in labels:
+        return labels
+    types = [label[2:] for label in labels if label.startswith("B-")]
+    return ("O", *(f"{prefix}-{kind}" for kind in types for prefix in "BIES"))
