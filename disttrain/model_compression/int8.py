@@ -144,8 +144,11 @@ def _watched(model: Model) -> Iterator[dict[str, Bounds]]:
         before = seen.get(name, Bounds(0.0, 0.0))
         seen[name] = Bounds(min(before.low, low), max(before.high, high))
 
+    def looks(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, inputs: look(name, inputs[0])
+
     handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))
+        module.register_forward_pre_hook(looks(name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]

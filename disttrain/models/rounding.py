@@ -44,7 +44,7 @@ def rounded_rows(x: Tensor, steps: int) -> Tensor:
     return _Rounded.apply(x, row_scales(x, steps))  # pyright: ignore[reportReturnType]
 
 
-def round_in_training(model: GPT | BERT) -> None:
+def round_in_training(model: nn.Module) -> None:
     """Let every linear layer and embedding of a model, or of a stage of it, compute with rounded numbers; in place.
 
     Weights have one scale a row, which is one an output feature or a token; inputs one a position, so that neither
@@ -52,9 +52,9 @@ def round_in_training(model: GPT | BERT) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.forward = _RoundedLinear(module)
+            module.forward = _RoundedLinear(module)  # pyright: ignore[reportAttributeAccessIssue]
         elif isinstance(module, nn.Embedding):
-            module.forward = _RoundedEmbedding(module)
+            module.forward = _RoundedEmbedding(module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _RoundedLinear:
