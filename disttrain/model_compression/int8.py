@@ -3,10 +3,10 @@
 A weight is q scale, q a whole number from -127 to 127 and the scale its row's largest magnitude / 127. An input is rounded
 to 63 steps either way of its own position's largest magnitude (dynamic), or to 127 steps between bounds that calibration
 found for the layer (static; Jacob et al. 2018, section 2.1). These steps are of 7 bits so that no CPU's sums of two
-products of bytes overflow. The products are oneDNN's on plain tensors, those to which torch's compiler lowers quantised models
-on CPUs: `torch.ao.quantization` and torch's quantised tensors are deprecated, and torchao's eager tensors end in
-`torch._int_mm`, which takes a hundred times as long on a CPU without int8 instructions. Norms, biases and the residual stream
-stay float32.
+products of bytes overflow. The products are oneDNN's on plain tensors, those to which torch's compiler lowers quantised
+models on CPUs: `torch.ao.quantization` and torch's quantised tensors are deprecated, and torchao's eager tensors end in
+`torch._int_mm`, which takes a hundred times as long on a CPU without int8 instructions. Norms, biases and the residual
+stream stay float32.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
