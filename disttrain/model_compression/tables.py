@@ -11,13 +11,19 @@ MIB = 2.0**20
 
 
 def shown(table: Table) -> Shown:
-    """For a terminal."""
+    """For a terminal: as `markdown`, two of its columns in one of two lines, but for the scores."""
     found = Shown(box=None, pad_edge=False, header_style="bold", caption=about(table), caption_justify="left")
-    for number, column in enumerate(_head(table)):
-        found.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
+    stacked = len(_head(table)) - len(table.rows[0].scores)
+    for number, column in enumerate(_paired(_head(table), stacked)):
+        found.add_column(column, justify="right" if number else "left", overflow="fold", min_width=8 if number else 14)
     for row in table.rows:
-        found.add_row(*_cells(row, table.rows[0]))
+        found.add_row(*_paired(_cells(row, table.rows[0]), stacked))
     return found
+
+
+def _paired(cells: Sequence[str], stacked: int) -> list[str]:
+    """The first so many in twos."""
+    return ["\n".join(cells[at : at + 2]) for at in range(0, stacked, 2)] + list(cells[stacked:])
 
 
 def markdown(table: Table) -> str:
@@ -59,4 +65,5 @@ def _cells(row: Row, first: Row) -> list[str]:
 
 
 def _milliseconds(latency: Latency) -> str:
-    return f"{1e3 * latency.median:.2f} ({1e3 * latency.low:.2f}-{1e3 * latency.high:.2f})"
+    median, low, high = (f"{1e3 * seconds:.3g}" for seconds in (latency.median, latency.low, latency.high))
+    return f"{median} ({low}-{high})"
