@@ -9,9 +9,9 @@ models on CPUs: `torch.ao.quantization` and torch's quantised tensors are deprec
 stream stay float32.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn

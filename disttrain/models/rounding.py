@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from disttrain.models.bert import BERT
-from disttrain.models.gpt import GPT
-
 WEIGHT_STEPS, INPUT_STEPS = 127, 63
 """Steps from 0 to the largest magnitude: of weights int8's, of inputs a bit less, so that no CPU's sums of two products
 of bytes overflow 16 bits (those without VNNI instructions saturate there)."""

@@ -14,6 +14,7 @@ L2 here is coupled: with Adam the penalty's gradient is divided by the moments l
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from disttrain.parallel.sharding import LocalParameter
 
