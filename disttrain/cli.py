@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from disttrain import calibrating, checking, checkpoint_commands, finetuning, planning, smaller
+from disttrain import calibrating, checking, checkpoint_commands, finetuning, planning, proving, smaller
 from disttrain.compare import command as comparing
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
@@ -47,6 +47,7 @@ app.add_typer(checkpoint_commands.app, name="checkpoint")
 app.command("export")(checkpoint_commands.export)
 app.command("import")(checkpoint_commands.import_model)
 app.command("check")(checking.check)
+app.command("verify")(proving.verify)
 app.command("calibrate")(calibrating.calibrate)
 app.command("compare")(comparing.compare)
 app.command("report")(comparing.report)
@@ -89,54 +90,6 @@ def train(
             )
         words.append(f"profile.steps=[{first}, {last}]")
     raise typer.Exit(_train(config, words, nproc))
-
-
-class Matrix(StrEnum):
-    """Which layouts `verify` takes when none are named."""
-
-    small = "small"
-    full = "full"
-
-
-class ProofPrecision(StrEnum):
-    """The arithmetic `verify` compares in."""
-
-    fp64 = "fp64"
-    own = "own"
-
-
-@app.command()
-def verify(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    layouts: Annotated[str | None, typer.Option(help="Layouts by name, separated by commas.")] = None,
-    matrix: Annotated[Matrix, typer.Option(help="small: each feature once; full: every legal one.")] = Matrix.small,
-    precision: Annotated[
-        ProofPrecision, typer.Option(help="fp64 to 1e-10, or the run's own against its rounding.")
-    ] = ProofPrecision.fp64,
-    out: Annotated[Path | None, typer.Option(help="The certificate; verify.json in the run folder by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted certificate.")] = False,
-) -> None:
-    """Prove that layouts train exactly like one process, on this config's model and data; 0 equal, 1 not."""
-    from disttrain import data, preflight, preparing
-    from disttrain.config.problems import RefusedInput
-    from disttrain.interruption import Interruption
-
-    if layouts and matrix is not Matrix.small:
-        raise typer.BadParameter("name layouts or choose a matrix, not both", param_hint="--layouts")
-    settings = _load(config, overrides)
-    problems = [*data.preflight(settings), *preflight.own_model(settings)]
-    if problems:
-        raise RefusedInput(problems)
-    prepared = preparing.prepare(settings, Interruption(), quiet=False)
-    from disttrain.verify import run
-
-    command = " ".join(["disttrain verify", str(config), *(overrides or [])])
-    if precision is not ProofPrecision.fp64:
-        command += f" --precision {precision}"
-    equal = run(settings, layouts=layouts, matrix=matrix.value, precision=precision.value, prepared=prepared, out=out,
-                resume=resume, command=command)  # fmt: skip
-    raise typer.Exit(0 if equal else 1)
 
 
 @app.command()
