@@ -44,7 +44,7 @@ LAYERS: list[set[str]] = [
         "smaller",
         "finetuning",
     },
-    {"compare", "calibrating"},
+    {"compare", "calibrating", "proving"},
     {"cli", "__main__"},
 ]
 """Module names from the bottom; a module may import what is lower, or its own package."""

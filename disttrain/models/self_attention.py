@@ -27,7 +27,8 @@ class SelfAttention(nn.Module):
         if hidden_size % heads:
             raise ValueError(f"heads={heads} do not divide hidden_size={hidden_size}")
         config = ModelConfig(
-            hidden_size=hidden_size, heads=heads, dropout=dropout, layer_norm_epsilon=EPSILON, vocab_size=1, ffn_hidden_size=1
+            hidden_size=hidden_size, heads=heads, dropout=dropout, layer_norm_epsilon=EPSILON, vocab_size=1,
+            ffn_hidden_size=1,
         )  # fmt: skip
         self.attn = Attention(config, causal=False, site=site)
         self.norm = layer_norm(config)
