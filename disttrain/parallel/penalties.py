@@ -14,6 +14,7 @@ L2 here is coupled: with Adam the penalty's gradient is divided by the moments l
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from disttrain.parallel.sharding import LocalParameter
 
@@ -30,7 +31,7 @@ def add_gradients(parameters: Iterable[LocalParameter], l1: float, l2: float, sc
     matrices = [p for p in parameters if len(p.shard.shape) >= 2]
     reached = [(p.master, gradient) for p in matrices if (gradient := p.gradient) is not None]
     for device in {gradient.device for _, gradient in reached}:
-        weights = [w for w, gradient in reached if gradient.device == device]
+        weights: list[Tensor] = [w for w, gradient in reached if gradient.device == device]
         gradients = [gradient for _, gradient in reached if gradient.device == device]
         if l2:
             torch._foreach_add_(gradients, weights, alpha=scale * l2)
