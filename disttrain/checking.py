@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from disttrain.importing import at_once
+
 
 def check(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the settings.")],
@@ -39,10 +41,11 @@ def check(
     console.print(overview(settings, world_size))
     if not trace:
         return
-    from disttrain.config.load import with_values
-    from disttrain.rehearsal.comparison import first_deadlock, first_mismatch
-    from disttrain.rehearsal.everyone import rehearse
-    from disttrain.rehearsal.report import agreement, deadlock, disagreement, failure, held
+    with at_once():
+        from disttrain.config.load import with_values
+        from disttrain.rehearsal.comparison import first_deadlock, first_mismatch
+        from disttrain.rehearsal.everyone import rehearse
+        from disttrain.rehearsal.report import agreement, deadlock, disagreement, failure, held
 
     settings = with_values(settings, {"model.vocab_size": likely_vocabulary(settings)})
     traces = rehearse(settings, world_size)

@@ -14,6 +14,7 @@ from disttrain import calibrating, checking, checkpoint_commands, finetuning, pl
 from disttrain.compare import command as comparing
 from disttrain.failures import exit_code, interrupted, lost_a_peer
 from disttrain.hang import reading
+from disttrain.importing import at_once
 from disttrain.ngrams import command as ngrams
 from disttrain.vectors import command as word_vectors
 
@@ -218,7 +219,8 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
 ) -> None:
     """Let a trained GPT continue a text."""
-    from disttrain.tasks.sample import continue_text
+    with at_once():
+        from disttrain.tasks.sample import continue_text
 
     typer.echo(continue_text(run, prompt, tokens, temperature, top_k, seed))
 
@@ -261,12 +263,12 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
         from disttrain import teaching
 
         prepared = teaching.with_soft_labels(settings, prepared)
-    from disttrain.run import run
-
-    if not inside and world_size > 1:
+    with at_once():
         from disttrain import local_ranks
         from disttrain.engines import native  # noqa: F401  like `run`, before the ranks fork and not by each of them
+        from disttrain.run import run
 
+    if not inside and world_size > 1:
         as_a_rank = partial(_train_locally, settings, prepared)
         return local_ranks.start(world_size, as_a_rank, interruption, local_ranks.method())
     try:
@@ -282,15 +284,19 @@ def _train(config: Path, overrides: list[str] | None, nproc: int | None) -> int:
 
 def _train_locally(settings: "Config", prepared: "Prepared", interruption: "Interruption") -> int:
     """One of the ranks that `--nproc` starts."""
-    from disttrain.launch import detect
-    from disttrain.run import run
+    with at_once():
+        from disttrain.launch import detect
+        from disttrain.run import run
 
     return run(settings, detect(os.environ), interruption, prepared)
 
 
 def _diagnose(interruption: "Interruption | None" = None) -> int:
     """Look at this rank's world; the first rank shows it. 1 where something contradicts itself."""
-    from disttrain.doctor import diagnose, render
+    with at_once():
+        import torch  # noqa: F401  the slow part
+
+        from disttrain.doctor import diagnose, render
 
     diagnosis = diagnose()
     if diagnosis.is_for_this_rank:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from disttrain.importing import at_once
+
 
 class Matrix(StrEnum):
     """Which layouts `verify` takes when none are named."""
@@ -47,9 +49,9 @@ def verify(
     if problems:
         raise RefusedInput(problems)
     prepared = preparing.prepare(settings, Interruption(), quiet=False)
-    from disttrain.verify import run
-
     command = " ".join(["disttrain verify", str(config), *(overrides or [])])
+    with at_once():
+        from disttrain.verify import run
     if precision is not ProofPrecision.fp64:
         command += f" --precision {precision}"
     equal = run(settings, layouts=layouts, matrix=matrix.value, precision=precision.value, prepared=prepared, out=out,

@@ -72,10 +72,9 @@ def loss_curve(run: Run, path_png: Path, references: Mapping[str, float] | None 
     """Draw `loss_figure` into a PNG of 1200 x 750 pixels, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = loss_figure(run, references)
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(loss_figure(run, references))
     Path(path_png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path_png)
+    canvas.print_png(path_png)  # savefig draws twice
 
 
 def loss_figure(run: Run, references: Mapping[str, float] | None = None) -> Any:

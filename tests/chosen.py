@@ -1,4 +1,4 @@
-"""Which of many alike cases `make test` takes; `make test-all` takes all of them."""
+"""Which of many alike cases `make test` and `make test-real` take; all where DISTTRAIN_EVERY_CASE is 1, as in test-all."""
 
 import os
 from collections.abc import Iterable

@@ -1,8 +1,11 @@
 """Shared fixtures: the CPU session never sees a GPU, and any function becomes a distributed test."""
 
+import gc
 import os
 import signal
 
+if gc.isenabled():  # what is imported while tests are collected is no garbage
+    gc.disable()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script: Ctrl-C is tested here
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +19,15 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("disttrain", deadline=None)  # no test depends on how busy the machine is
 settings.load_profile("disttrain")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze()  # or the end of this process would look through everything
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,9 +22,9 @@ OPTIONAL = {
 
 
 _PARTS_OF_HOROVOD = """
-import horovod.torch as hvd
-for name, built in (("mpi", hvd.mpi_built()), ("gloo", hvd.gloo_built()), ("nccl", hvd.nccl_built())):
-    print(name if built else "")
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+print(*(part for part in ("mpi", "gloo", "nccl") if getattr(library, f"horovod_{part}_built")()))
 """
 
 
@@ -57,10 +57,13 @@ def horovod_built() -> tuple[str, ...]:
     # Without its build flags an install succeeds and gives Python files only.
     spec = importlib.util.find_spec("horovod")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    if not any(True for folder in folders for _ in folder.glob("torch/mpi_lib*.so")):
+    library = next((file for folder in folders for file in folder.glob("torch/mpi_lib*.so")), None)
+    if library is None:
         return ()
-    # Elsewhere: Horovod asks MPI on its import, which ends a process where MPI has ended already.
-    probe = subprocess.run([sys.executable, "-c", _PARTS_OF_HOROVOD], capture_output=True, text=True, timeout=120)
+    # Elsewhere: Horovod asks MPI on its import, which ends a process where MPI has ended already. Its library finds torch's
+    # beside it, so that nothing has to be imported.
+    words = [sys.executable, "-I", "-S", "-c", _PARTS_OF_HOROVOD, str(library)]
+    probe = subprocess.run(words, capture_output=True, text=True, timeout=120)
     return tuple(probe.stdout.split()) if probe.returncode == 0 else ()  # built for another torch, or libmpi is gone
 
 

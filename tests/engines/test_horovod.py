@@ -16,6 +16,7 @@ from disttrain import engines
 from disttrain.config import horovod_checks
 from disttrain.config.load import with_values
 from disttrain.config.schema import Config
+from disttrain.doctor.software import horovod_built
 from disttrain.engines.horovod_world import places
 from disttrain.mesh import build_mesh
 from disttrain.parallel.collectives import Traffic
@@ -234,6 +235,12 @@ def test_refused_by_the_ranks_before_they_train(place: Workplace) -> None:
     said = launched(place.folder, HOROVODRUN, *words, "run.name=twice", "horovod.cycle_time_ms=3", code=1,
                     HOROVOD_CYCLE_TIME="5")  # fmt: skip
     assert "HOROVOD_CYCLE_TIME=5" in said and "fix: give one of them only" in said  # the traceback is horovodrun's own
+
+
+def test_doctor_knows_what_it_was_built_with() -> None:
+    need("horovod")
+    parts = horovod_built()
+    assert "gloo" in parts and set(parts) <= {"mpi", "gloo", "nccl"}
 
 
 # refused by `check`

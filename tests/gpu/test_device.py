@@ -1,12 +1,16 @@
 """The same checks on a CPU and, where there is one, on a GPU: a run there equals float64 on the CPU within its precision."""
 
 import json
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from disttrain.precision import choose
+from tests import warm
 from tests.runs.conftest import Workplace, workplace
 
 __all__ = ["workplace"]
@@ -22,6 +26,18 @@ def train(place: Workplace, device: str, *words: str) -> list[dict]:
     else:  # a process of its own
         subprocess.run(place.command(*command), cwd=place.folder, env=place.environment, check=True, timeout=200)
     return place.records(name, "step")
+
+
+def execute(program: str, folder: Path, device: str, *words: str) -> None:
+    """Run a program: on a CPU in a fork of a process that has imported torch, on a GPU in a process of its own."""
+    path = folder / "program.py"
+    path.write_text(program)
+    if device == "cpu":
+        running = warm.Running((device, *words), folder, os.environ, script=path)
+        said = running.communicate(timeout=200)
+        assert running.returncode == 0, said
+    else:
+        subprocess.run([sys.executable, str(path), device, *words], check=True, timeout=200)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,12 +1,10 @@
 """Layouts at world size 1 on a CPU and, where there is one, on a GPU: the same losses, and no waiting for the device."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from tests.gpu.test_device import DEVICES, train
+from tests.gpu.test_device import DEVICES, execute, train
 from tests.runs.conftest import Workplace, workplace
 
 __all__ = ["workplace"]
@@ -73,5 +71,5 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("zero", ["0", "3"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_step_does_not_wait_for_the_device(device: str, zero: str) -> None:
-    subprocess.run([sys.executable, "-c", STEPS, device, zero], check=True, timeout=200, env={**os.environ})
+def test_a_step_does_not_wait_for_the_device(tmp_path: Path, device: str, zero: str) -> None:
+    execute(STEPS, tmp_path, device, zero)

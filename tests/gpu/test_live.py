@@ -1,12 +1,10 @@
 """Counted bytes of live tensors at world size 1; on a GPU they are what its allocator has handed out."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from tests.gpu.test_device import DEVICES
+from tests.gpu.test_device import DEVICES, execute
 
 COUNT = """
 import sys
@@ -40,5 +38,5 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("zero", ["2"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_count_is_the_allocators(device: str, zero: str) -> None:
-    subprocess.run([sys.executable, "-c", COUNT, device, zero], check=True, timeout=200, env={**os.environ})
+def test_the_count_is_the_allocators(tmp_path: Path, device: str, zero: str) -> None:
+    execute(COUNT, tmp_path, device, zero)

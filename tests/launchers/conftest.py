@@ -29,10 +29,17 @@ LAUNCHER_VARIABLES = (
     "TORCHELASTIC",
     "CROSS",
 )
-SMALL = ("model.layers=2", "train.steps=20", "train.eval_every=0", "checkpoint.every=0")
+STEPS = 20
+SMALL = (
+    "model.layers=2",
+    f"train.steps={STEPS}",
+    "train.eval_every=0",
+    "checkpoint.every=0",
+    "optim.schedule=constant",
+)
 """20 steps of a GPT of 2 layers, 32 wide, on sequences of 32 tokens, in fp32 (tests/runs/conftest.py has the rest)."""
 LONG = (*SMALL, "train.steps=100000", "checkpoint.every=100000")
-"""A run that somebody has to stop."""
+"""A run that somebody has to stop; its first steps are the same."""
 
 
 def free_port() -> int:
@@ -106,9 +113,9 @@ class Place(Workplace):
         return done
 
     def stopped(
-        self, command: list[str], environment: dict[str, str], name: str, number: signal.Signals
+        self, command: list[str], environment: dict[str, str], name: str, number: signal.Signals, step: int = 3
     ) -> tuple[int, str]:
-        """Start the run of this name, send a signal to the launcher at its third step; exit code and output."""
+        """Start the run of this name, send a signal to the launcher after so many steps; exit code and output."""
         log = self.folder / f"{name}.log"
         with log.open("w") as output:
             process = subprocess.Popen([*command, "train", "run.yaml", *LONG, f"run.name={name}"], cwd=self.folder,
@@ -116,7 +123,7 @@ class Place(Workplace):
                                        stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         try:
             deadline = time.monotonic() + 300
-            while len(self.records(name, "step")) < 3:
+            while len(self.records(name, "step")) < step:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.02)
             process.send_signal(number)

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from tests.launchers.conftest import LAUNCHERS, SCRIPTS, SMALL, Place
+from tests.chosen import ALL
+from tests.launchers.conftest import LAUNCHERS, SCRIPTS, SMALL, STEPS, Place
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -19,14 +20,17 @@ EXIT_CODES = {
 """What each launcher makes of the ranks' 2, 1 and 130; docs/launchers.md has the same table."""
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_trains_as_local_ranks_do(place: Place, local_curve: list[tuple], name: str) -> None:
+ENDS = list(LAUNCHERS) if ALL else ["mpich"]
+"""Of these a run goes to its end; of the others in test_deepspeed.py, test_mpi.py, tests/engines/test_horovod.py and, of
+torchrun, tests/test_readme.py."""
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_run_ends_as_local_ranks_do(place: Place, local_curve: list[tuple], name: str) -> None:
     command, environment = place.script(name)
     place.launched([*command, "train", "run.yaml", *SMALL, f"run.name={name}"], environment)
-    header = place.records(name, "header")[0]
-    assert (header["launcher"], header["world_size"]) == (name, 2)
-    assert len(local_curve) == 20
-    assert place.curve(name) == local_curve  # bit for bit
+    assert len(local_curve) == STEPS
+    assert place.curve(name) == local_curve
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -54,10 +58,15 @@ def test_exit_codes(place: Place, name: str) -> None:
     "name, number",
     [*((name, signal.SIGINT) for name in LAUNCHERS), ("torchrun", signal.SIGTERM), ("openmpi", signal.SIGTERM)],
 )
-def test_an_interruption_leaves_a_checkpoint(place: Place, name: str, number: signal.Signals) -> None:
+def test_trains_as_local_ranks_do_until_an_interruption_which_leaves_a_checkpoint(
+    place: Place, local_curve: list[tuple], name: str, number: signal.Signals
+) -> None:
     command, environment = place.script(name)
     run = f"{name}_{number.name}"
-    code, said = place.stopped(command, environment, run, number)
+    code, said = place.stopped(command, environment, run, number, step=STEPS)
+    header = place.records(run, "header")[0]
+    assert (header["launcher"], header["world_size"]) == (name, 2)
+    assert place.curve(run)[:STEPS] == local_curve  # bit for bit
     assert place.saved_all(run), said
     assert code == EXIT_CODES[name]["interrupted"], said
 

@@ -57,7 +57,7 @@ def test_every_layout_equals_one_process(name: str) -> None:
 def test_a_checkpoint_moves_between_layouts(tmp_path: Path) -> None:
     world, config = settings("tensor x pipeline x zero 1")
     losses, weights = run_ranks(save, world, config, world, tmp_path)[0]
-    for name in ("tensor x pipeline x zero 1", "one process", "zero 3"):
+    for name in chosen(["zero 3", "tensor x pipeline x zero 1", "one process"], 2):
         world, config = settings(name)
         found, loaded = run_ranks(resume, world, config, world, tmp_path / "step_00000002")[0]
         assert found == pytest.approx(losses, rel=1e-10), name

@@ -17,7 +17,7 @@ from disttrain.parallel.data import shard
 from disttrain.parallel.groups import make_groups
 from disttrain.parallel.pipeline import Pipeline, keep_stage
 from disttrain.stages import SCHEDULES, layers_of_stages, stage_numbers, virtual_stages
-from tests.chosen import chosen
+from tests.chosen import ALL, chosen
 from tests.ranks import run_ranks
 
 B, S, V, HIDDEN = 2, 8, 31, 16
@@ -159,7 +159,7 @@ def cases_for(size: int, family: str) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize(("size", "family"), [(2, "gpt"), (4, "gpt"), (4, "bert")])
+@pytest.mark.parametrize(("size", "family"), [(2, "gpt"), (4, "gpt"), *chosen([(2, "bert"), (4, "bert")], 2)])
 def test_equals_one_process(size: int, family: str) -> None:
     cases = cases_for(size, family)
     ranks = run_ranks(pipelined, size, size, cases)
@@ -225,10 +225,11 @@ def one_sharded_case(groups: Any, case: Case, zero: int) -> dict[str, Any]:
 @pytest.mark.parametrize("mesh", [Mesh(pipeline=2, shard=2), Mesh(pipeline=2, replicate=2, shard=2)])
 def test_zero_in_a_pipeline(mesh: Mesh) -> None:
     """Stages 1 to 3 are exact under every schedule; 2 and 3 reduce gradients with every micro-batch."""
-    schedules = SCHEDULES if mesh.replicate == 1 else ["zbv"]
-    held = {schedule: virtual_stages(schedule) for schedule in schedules}
+    replicated = mesh.replicate > 1
+    held = {schedule: virtual_stages(schedule) for schedule in (["zbv"] if replicated else SCHEDULES)}
     cases: list[Case] = [("bert", s, 2 * v + 1, v, 4) for s, v in held.items()]
-    both = [(case, zero) for case in cases for zero in ((1, 2, 3) if case[1] in ("1f1b", "zbv") else chosen((3, 1), 2))]
+    all_three = {"1f1b", "zbv"} if not replicated or ALL else set()
+    both = [(case, zero) for case in cases for zero in ((1, 2, 3) if case[1] in all_three else chosen((3, 1), 2))]
     ranks = run_ranks(sharded, mesh.world_size, mesh, both)
     sent: dict[tuple[str, int], int] = {}
     for (case, zero), results in zip(both, zip(*ranks, strict=True), strict=True):
@@ -237,7 +238,7 @@ def test_zero_in_a_pipeline(mesh: Mesh) -> None:
         for name, gradient in expected["gradients"].items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-12, msg=f"{case} {zero} {name}")
         sent[case[1], zero] = results[0]["sent"]
-    for schedule in {"1f1b", "zbv"} & set(schedules):
+    for schedule in all_three & set(held):
         assert sent[schedule, 1] < sent[schedule, 2] <= sent[schedule, 3], schedule
 
 

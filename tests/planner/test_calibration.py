@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -112,15 +110,15 @@ main()
 
 
 def test_two_ranks_measure_and_a_plan_follows(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", SMALLER, "--nproc", "2", "--precision", "fp32", "--out", "here/speeds.json"]
+    (tmp_path / "smaller.py").write_text(SMALLER)
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    words = ("--nproc", "2", "--precision", "fp32", "--out", "here/speeds.json")
+    measuring = warm.Running(words, tmp_path, environment, script=tmp_path / "smaller.py")
+    measured = measuring.communicate(timeout=300)
+    assert measuring.returncode == 0, measured
     for said in ("measuring links", "products (m x k) (k x n), GFLOP/s", "gelu backward", "all_reduce", "reduce_scatter",
                  "send", "all together", "no second host was there", "written: here/speeds.json"):  # fmt: skip
-        assert said in done.stdout, done.stdout
+        assert said in measured, measured
     found = speeds.read(tmp_path / "here/speeds.json")
     assert (found.precision, found.ranks_per_host, found.accelerator, found.unit) == ("fp32", 2, False, None)
     assert len(found.products) == 8 and found.at_full_speed in (1, 2) and found.inside == found.between

@@ -2,7 +2,11 @@
 
 import os
 import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,8 +93,15 @@ def test_the_tables_say_how_wrong_it_is(tmp_path: Path) -> None:
     assert alone.read_text() == "table"
 
 
+def in_a_fork(words: Sequence[str], env: Mapping[str, str], **options: Any) -> CompletedProcess:
+    """What a run does that is started as a fresh process."""
+    assert list(words[:4]) == [sys.executable, "-m", "disttrain", "train"]
+    return warm.run(words[3:], Path.cwd(), env, timeout_s=200)
+
+
 def test_a_sample_is_trained_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(validation, "subprocess", SimpleNamespace(run=in_a_fork))
     given = load(ROOT / "configs/gpt_tiny.yaml", [
         *SMALL, "model.layers=2", "model.hidden_size=64", "model.heads=2", "train.micro_batch_size=null",
         "train.global_batch_size=4", "data.sequence_length=64", "model.max_positions=64", "precision=fp32",

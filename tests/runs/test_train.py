@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from disttrain.metrics import unknown_keys
+from tests import warm
 from tests.runs.conftest import Workplace
 from tests.warm import Running
 
@@ -234,8 +235,9 @@ def test_sampling_from_a_run(workplace: Workplace) -> None:
 
 def test_demo_beats_uniform_and_shows_samples(workplace: Workplace) -> None:
     words = ["train.steps=60", "train.eval_every=0", "train.eval_sequences=null", "optim.lr=2e-2", "model.dropout=0"]
-    done = subprocess.run(workplace.command("demo", "run.yaml", "--nproc", "2", *words), cwd=workplace.folder,
-                          env=workplace.environment, capture_output=True, text=True, check=False, timeout=200)  # fmt: skip
+    done = warm.run(
+        ["demo", "run.yaml", "--nproc", "2", *words], workplace.folder, workplace.environment, timeout_s=200
+    )
     assert done.returncode in (0, 1), done.stderr
     assert "Kneser-Ney trigram" in done.stdout
     assert "What it writes" in done.stdout

@@ -2,10 +2,10 @@
 
 import io
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from disttrain.verify.layouts import Layout, parse
 from disttrain.verify.plan import config_hash, refuse_too_large
 from disttrain.verify.proof import Proof
 from disttrain.verify.verification import chosen_for, prove
+from tests import warm
 from tests.verify.mutants.data import averaged
 from tests.verify.small import config_for, proof_for
 
@@ -94,14 +95,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(folder: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "disttrain", "verify", "config.yaml", *words], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+def command(folder: Path, *words: str) -> warm.Running:
+    return warm.Running(("verify", "config.yaml", *words), folder, os.environ)
 
 
 def test_the_command(folder: Path) -> None:
     done = command(folder, "--layouts", "tp2 on 2", "model.heads=4")
-    text, _ = done.communicate(timeout=200)
+    text = done.communicate(timeout=200)
     assert done.returncode == 0, text
     found = json.loads((folder / "runs" / "config" / "verify.json").read_text())
     assert found["equal"]
@@ -113,7 +113,7 @@ def test_the_command(folder: Path) -> None:
 
 def test_a_layout_that_is_not_legal_is_refused(folder: Path) -> None:
     done = command(folder, "--layouts", "tp3, dp2.zero9")
-    text, _ = done.communicate(timeout=200)
+    text = done.communicate(timeout=200)
     assert done.returncode == 2, text
     assert "'zero9' is no part of a layout's name" in text
     assert not (folder / "runs").exists()
@@ -121,12 +121,11 @@ def test_a_layout_that_is_not_legal_is_refused(folder: Path) -> None:
 
 def test_ctrl_c_leaves_the_certificate_so_far(folder: Path) -> None:
     running = command(folder, "--matrix", "small", "--out", "proof.json")
-    assert running.stdout is not None
-    for line in running.stdout:
-        if line.startswith("full.mb2 on 1"):
-            break
+    while "\nfull.mb2 on 1" not in running.output.read_text():
+        assert running.poll() is None, running.output.read_text()
+        time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    text, _ = running.communicate(timeout=60)
+    text = running.communicate(timeout=60)
     assert running.returncode == 130, text
     found = json.loads((folder / "proof.json").read_text())
     assert found["interrupted"] and not found["equal"]
