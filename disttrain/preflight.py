@@ -20,7 +20,8 @@ from disttrain.config.settings import no_effect, setting
 FIXED_ON_RESUME = ("model", "data.tokenizer", "data.tokenizer_vocab_size", "data.lowercase", "data.sequence_length",
                    "data.corpus", "data.path", "data.blend", "run.seed", "train.global_batch_size",
                    "data.mlm_probability", "data.short_sequence_probability", "data.max_bytes",
-                   "data.held_out_fraction", "data.held_out_path", "data.document")  # fmt: skip
+                   "data.held_out_fraction", "data.held_out_path", "data.document", "task", "cleaning",
+                   "distill")  # fmt: skip
 """Settings that a run cannot change when it goes on: the model and the order of the data."""
 
 
@@ -175,7 +176,7 @@ def _changed(config: Config, folder: Path) -> list[Problem]:
         return []
     now = config.model_dump(mode="json")
     found = []
-    for key in FIXED_ON_RESUME:
+    for key in (key for key in FIXED_ON_RESUME if key.split(".")[0] in saved):  # an older run has fewer sections
         for name, (before, after) in _differences(key, _at(saved, key), _at(now, key)).items():
             if name == "model.vocab_size" and after is None:
                 continue  # follows the tokenizer, which is compared itself
