@@ -411,6 +411,11 @@ def test_every_key_of_a_real_record_is_documented_for_its_kind():
     assert unknown_keys({"kind": "step", "perplexity": 1}) == ["perplexity"]
     made = {*step, *held_out, *meter.summary_record(1, "steps")}
     by_composite = {"time", "non_finite"}
+    task = meter.eval_record(
+        2, {"tag": 1.0}, {f"{n}_accuracy": 0.5 for n in ("classify", "tag", "answer")} | {"score_f1": 0.5}
+    )
+    assert unknown_keys(task) == [] and unknown_keys({**task, "kind": "step"})
+    made |= {metrics.keys.SCORES if key == "score_f1" else key for key in task}
     for name, metric in METRICS.items():
         if {"step", "eval", "summary"} & set(metric.kinds):
             assert name in made | by_composite, f"{name} is documented and no record holds it"
