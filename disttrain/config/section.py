@@ -11,18 +11,7 @@ Size = Annotated[int, Field(gt=0, le=1 << 20)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-PATHS = (
-    "name",
-    "dir",
-    "path",
-    "held_out_path",
-    "cache_dir",
-    "tokenizer_path",
-    "resume",
-    "weights",
-    "vocabulary",
-    "vectors",
-)
+PATHS = ("name", "dir", "path", "held_out_path", "cache_dir", "tokenizer_path", "resume", "weights", "vocabulary")
 """Settings that name files or folders."""
 
 

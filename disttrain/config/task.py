@@ -56,8 +56,6 @@ class EncoderConfig(Section):
     """Filters over characters, each 3 of them wide."""
     embedding_dropout: Fraction = 0.0
     """Probability that a word of the vocabulary is dropped from a sequence (Gal and Ghahramani 2016)."""
-    vectors: str | None = None
-    """File of word vectors in the text format of word2vec and GloVe, from which the word embedding begins."""
 
 
 class TaskConfig(Section):

@@ -19,7 +19,6 @@ OF_HEADS = {
 OF_FAMILIES = {
     "embedding_size": SMALL, "cell": ("rnn",), "bidirectional": ("rnn",), "kernels": ("text_cnn",),
     "channels": ("text_cnn",), "character_size": SMALL, "character_channels": SMALL, "embedding_dropout": SMALL,
-    "vectors": SMALL,
 }  # fmt: skip
 """Families that read a setting of the model."""
 OF_SETS = ("path", "source", "train_split", "test_split", "held_out_fraction", "folds", "fold", "max_examples", "min_count",
@@ -81,6 +80,11 @@ def _head(config: Config) -> Iterator[Problem]:
             if given(config, f"model.{key}") and value not in takes:
                 fix = f"a set that is for {' or '.join(takes)}" if because == "model.head" else f"{because}={takes[0]}"
                 yield no_effect(config, f"model.{key}", because, fix)
+    smooths = model.head in ("lm", "classify", "tag") and model.loss == "cross_entropy" and not model.crf
+    if config.train.label_smoothing and not smooths:
+        yield Problem((setting(config, "train.label_smoothing"), head, setting(config, "model.loss"),
+                       setting(config, "model.crf")), "only cross-entropy of labels is smoothed",
+                      "use train.label_smoothing=0, or model.loss=cross_entropy and model.crf=false")  # fmt: skip
     for key, loss in (("focal_gamma", "focal"), ("focal_alpha", "focal"), ("ghm_bins", "ghm")):
         if given(config, f"model.{key}") and model.loss != loss and model.head in OF_HEADS[key]:
             yield no_effect(config, f"model.{key}", "model.loss", f"model.loss={loss}")

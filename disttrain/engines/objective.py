@@ -20,7 +20,7 @@ def prepare(batch: Batch, model: Model, config: Config, groups: Groups, device: 
     """This rank's part of a micro-batch on its device; what the model derives on the host is added before."""
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
     samples = tensors.pop("samples", None)
-    if samples is not None and config.model.dropout:
+    if samples is not None and (config.model.dropout or config.model.embedding_dropout):
         tensors["dropout_seeds"] = at_site(samples, config.run.seed)
     tensors = split_batch(tensors, groups.context, zigzag=model.causal)
     tensors = model.prepare_batch(tensors)

@@ -11,9 +11,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from disttrain.config.presets import shape_of
 from disttrain.config.schema import ModelConfig
-from disttrain.models.dropout import Dropout, Keys
+from disttrain.models.dropout import Dropout, Keys, WordDropout
 from disttrain.task_shapes import CHARACTERS, WINDOW, embedding_size, width
 
+WORDS_SITE = 1 << 16
+"""Site of the dropout of words, beyond those of layers."""
 CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
@@ -27,11 +29,12 @@ class WordEmbedding(nn.Module):
         if config.character_size:
             self.characters = nn.Embedding(CHARACTERS, config.character_size)
             self.filters = nn.Conv1d(config.character_size, config.character_channels, WINDOW, padding=1)
+        self.words = WordDropout(config.embedding_dropout, WORDS_SITE)
         self.dropout = Dropout(config.dropout, 0)
 
     def forward(self, tokens: Tensor, characters: Tensor | None, mask: Tensor, keys: Keys) -> Tensor:
         """int64 [B, S] and [B, S, L] -> [B, S, E], zeros where mask [B, S] is False."""
-        x = self.tokens(tokens)
+        x = self.words(self.tokens(tokens), tokens, keys)
         if self.characters is not None:
             assert characters is not None  # the batches of a model with characters have them
             x = torch.cat([x, self._of_characters(characters)], -1)

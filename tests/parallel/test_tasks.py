@@ -22,7 +22,14 @@ MODELS: dict[str, dict] = {
     "bert tag": {"family": "bert", "head": "tag", "crf": True},
     "bert answer": {"family": "bert", "head": "answer", "labels": None},
     "gpt regress": {"family": "gpt", "head": "regress", "labels": None},
-    "text_cnn": {"family": "text_cnn", "head": "classify", "channels": 6, "kernels": [2, 3], "top_attention_heads": 2},
+    "text_cnn": {
+        "family": "text_cnn",
+        "head": "classify",
+        "channels": 6,
+        "kernels": [2, 3],
+        "top_attention_heads": 2,
+        "embedding_dropout": 0.2,
+    },
     "ghm": {"family": "rnn", "head": "classify", "loss": "ghm", "cell": "gru", "bidirectional": False, "layers": 1},
     "rnn": {"family": "rnn", "head": "tag", "crf": True, "character_size": 4, "character_channels": 3},
 }
@@ -113,7 +120,9 @@ def test_every_layout_equals_one_process(model: str, layout: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_padding_does_not_matter(model: str) -> None:
     """A batch that is padded further has the same scores and loss."""
-    config = config_of(model, **{"model.dropout": 0.0, "model.max_positions": 2 * LENGTH})
+    config = config_of(
+        model, **{"model.dropout": 0.0, "model.embedding_dropout": 0.0, "model.max_positions": 2 * LENGTH}
+    )
     (engine,) = run_ranks(padded_losses, 1, config, 1)
     assert engine[0] == pytest.approx(engine[1], rel=1e-10)
 
