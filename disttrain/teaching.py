@@ -16,7 +16,7 @@ from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
 from disttrain.config.settings import setting
 from disttrain.data import Prepared
-from disttrain.data.files import fingerprint, one_writer, sha256_file
+from disttrain.data.files import fingerprint, mapped, one_writer, sha256_file
 from disttrain.labelled.arrays import encode
 from disttrain.labelled.chosen import chosen_examples
 from disttrain.labelled.examples import Example
@@ -41,7 +41,7 @@ def with_soft_labels(config: Config, prepared: Prepared, report: Report | None =
     path = folder / f"soft_{_identity(config)}.npy"
     with one_writer(folder):
         if not path.exists():
-            soft = _soft_labels(config, np.load(folder / "train.targets.npy", mmap_mode="r"), report)
+            soft = _soft_labels(config, mapped(folder / "train.targets.npy"), report)
             writing = path.with_suffix(".writing.npy")
             np.save(writing, soft)
             writing.replace(path)

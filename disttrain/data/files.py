@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from disttrain.config.problems import Problem, RefusedInput
 
 TEMPORARY = ".tmp"
@@ -89,3 +91,8 @@ def remove_temporary(folder: Path) -> None:
     """Delete what killed processes left half-written. Call it with the folder's lock held."""
     for path in folder.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+
+
+def mapped(path: Path) -> np.ndarray:
+    """An array file, mapped and not read; never a pickle. Raises OSError and ValueError for what is none."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)

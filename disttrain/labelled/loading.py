@@ -14,7 +14,7 @@ import numpy as np
 from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
 from disttrain.config.settings import setting
-from disttrain.data.files import fingerprint, one_writer, write_atomically
+from disttrain.data.files import fingerprint, mapped, one_writer, write_atomically
 from disttrain.data.loading import Batch
 from disttrain.data.order import permute
 from disttrain.data.preparation import Prepared, Report
@@ -209,7 +209,7 @@ def open_data(config: Config, prepared: Prepared) -> LabelledData:
         raise RefusedInput([Problem((f"data.cache_dir: {folder}",), f"the prepared examples cannot be read: {error}",
                                     "delete the folder, and they are prepared again")]) from error  # fmt: skip
     if prepared.soft is not None:
-        train["soft_targets"] = np.load(prepared.soft, mmap_mode="r", allow_pickle=False)
+        train["soft_targets"] = mapped(prepared.soft)
     words = config.data.tokenizer == "words"
     vocabulary = load_vocabulary(prepared.tokenizer) if words else load_tokenizer(prepared.tokenizer)
     size = len(vocabulary) if isinstance(vocabulary, Vocabulary) else vocabulary.vocab_size
@@ -218,5 +218,5 @@ def open_data(config: Config, prepared: Prepared) -> LabelledData:
 
 
 def _mapped(folder: Path, split: str, described: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.load(folder / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False)
+    return {name: mapped(folder / f"{split}.{name}.npy")
             for name in described["arrays"]}  # fmt: skip
