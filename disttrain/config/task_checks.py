@@ -56,7 +56,8 @@ def _teachers(config: Config) -> Iterator[Problem]:
 def _head(config: Config) -> Iterator[Problem]:
     model, task = config.model, config.task
     head, family, chosen = setting(config, "model.head"), setting(config, "model.family"), setting(config, "task.set")
-    kind = SETS[task.set].kind if task.set in SETS else model.head
+    named = SETS.get(task.set or "")
+    kind = model.head if named is None else named.kind
     conflicts = (
         (model.family in SMALL and task.set is None, (family, chosen), "this family does not model language",
          "give task.set, or use model.family=gpt"),

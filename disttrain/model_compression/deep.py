@@ -40,11 +40,10 @@ def written(name: str, shared: Shared) -> tuple[dict[str, Tensor], dict[str, Any
 
 def read(name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Shared:
     """The matrix that `written` wrote. Raises KeyError or ValueError for what it did not write."""
-    parts = {
-        part: huffman.decode(Coded(*(tensors[f"{name}.{part}.{leaf}"].numpy() for leaf in ("data", "lengths", "blocks")),
-                                   count))
-        for part, count in about["symbols"].items()
-    }  # fmt: skip
+    parts = {}
+    for part, count in about["symbols"].items():
+        data, lengths, blocks = (tensors[f"{name}.{part}.{leaf}"].numpy() for leaf in ("data", "lengths", "blocks"))
+        parts[part] = huffman.decode(Coded(data, lengths, blocks, count))
     codebook, shape = tensors[f"{name}.codebook"].numpy(), tuple(about["shape"])
     size = int(np.prod(shape))
     codes = parts["codes"]
