@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from disttrain.config.schema import Config
+from disttrain.config.schema import Config, TrainConfig
 from disttrain.data import bert, gpt
 from disttrain.data.order import Blend, permute, quotas
 from disttrain.data.preparation import Prepared
@@ -22,6 +22,16 @@ _HELD_OUT_SEED = 0
 
 class UnknownToken(RuntimeError):
     """A token was read that the tokenizer does not have: a shard is damaged."""
+
+
+def shares(train: TrainConfig, step: int, data_rank: int, data_ranks: int) -> Iterator[tuple[int, int]]:
+    """First sample and size of each micro-batch of one data rank in one step; see `Data.micro_batches`."""
+    total = train.global_batch_size
+    size = train.micro_batch_size or total // data_ranks
+    if not 0 <= data_rank < data_ranks or size == 0 or total % (size * data_ranks):
+        raise ValueError(f"{total} sequences cannot be split into micro-batches of {size} on {data_ranks} ranks")
+    for number in range(total // (size * data_ranks)):
+        yield step * total + (number * data_ranks + data_rank) * size, size
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,8 @@ class Data:
         to `size` further, where size is train.micro_batch_size or all at once. Raises ValueError when the global
         batch does not divide.
         """
-        train = self.config.train
-        total = train.global_batch_size
-        size = train.micro_batch_size or total // data_ranks
-        if not 0 <= data_rank < data_ranks or size == 0 or total % (size * data_ranks):
-            raise ValueError(f"{total} sequences cannot be split into micro-batches of {size} on {data_ranks} ranks")
-        for number in range(total // (size * data_ranks)):
-            yield self.train_batch(step * total + (number * data_ranks + data_rank) * size, size)
+        for first, size in shares(self.config.train, step, data_rank, data_ranks):
+            yield self.train_batch(first, size)
 
     def _batch(self, stream: _Stream, samples: np.ndarray) -> Batch:
         found, data = stream.sequences_of(samples), self.config.data

@@ -15,7 +15,7 @@ from disttrain.config.problems import Problem, RefusedInput
 from disttrain.config.schema import Config
 from disttrain.config.settings import setting
 from disttrain.data.files import fingerprint, mapped, one_writer, write_atomically
-from disttrain.data.loading import Batch
+from disttrain.data.loading import Batch, shares
 from disttrain.data.order import permute
 from disttrain.data.preparation import Prepared, Report
 from disttrain.data.tokenizer import Tokenizer, byte_tokenizer_json, load_tokenizer, load_tokenizer_json
@@ -72,13 +72,8 @@ class LabelledData:
 
     def micro_batches(self, step: int, data_rank: int, data_ranks: int) -> Iterator[Batch]:
         """The micro-batches of one data rank in one optimizer step (0-based), as `disttrain.data.Data.micro_batches`."""
-        train = self.config.train
-        total = train.global_batch_size
-        size = train.micro_batch_size or total // data_ranks
-        if not 0 <= data_rank < data_ranks or size == 0 or total % (size * data_ranks):
-            raise ValueError(f"{total} sequences cannot be split into micro-batches of {size} on {data_ranks} ranks")
-        for number in range(total // (size * data_ranks)):
-            yield self.train_batch(step * total + (number * data_ranks + data_rank) * size, size)
+        for first, size in shares(self.config.train, step, data_rank, data_ranks):
+            yield self.train_batch(first, size)
 
 
 def _rows(arrays: Mapping[str, np.ndarray], rows: np.ndarray) -> Batch:
